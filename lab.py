@@ -1,0 +1,234 @@
+"""Set the workshop up, open it, prove it. Needs Python 3.11 to 3.14 and nothing else.
+
+python3 lab.py [JupyterLab options]     set up what is missing, and open lesson 00
+python3 lab.py run [NN ...]             run lessons without a browser, into the folder executed
+python3 lab.py doctor                   rehearse: will everything work on this machine?
+python3 lab.py bench                    measure the instruments themselves
+python3 lab.py test [pytest options]    run everything that CI runs
+python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
+
+The first start makes the environment .venv in this folder from requirements.lock, with uv where
+it is on PATH, else with the locked uv, fetched by pip. Where there is no network, wheels can come
+from a folder: UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
+"""
+# Python 3.6 must be able to parse this file: an old Python shall say that it is old, in one line.
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 14)
+ROOT = Path(__file__).resolve().parent
+LOCK = ROOT / "requirements.lock"
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+INSTALLED = VENV / "installed.stamp"  # written last: an environment without it is never trusted
+SERVER_CHECKED = VENV / "server-checked.stamp"
+DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
+FIRST_LESSON = "/lab/tree/notebooks/00_start_here.ipynb"
+# The package rfc3987_syntax builds a grammar when it is imported, half of JupyterLab's start-up
+# time, for a check of international URLs that nothing here asks for. jsonschema does without it.
+JUPYTERLAB = (
+    "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterlab.labapp import main; main()"
+)
+COMMANDS = {
+    "test": ["pytest"],
+    "run": ["workshop.notebooks", "run"],
+    "refresh": ["workshop.notebooks", "refresh"],
+    "doctor": ["workshop.doctor"],
+    "bench": ["workshop.bench"],
+}
+# What uv or pip say when they fail, and what the user is told.
+FAILURES = {
+    r"No space left|os error (28|112)\b": "the disk is full",
+    r"Failed to (fetch|read)|error sending request|timed out|disabled|No matching distribution": (
+        "packages are out of reach; connect to the network and start again"
+    ),
+    r"Hash mismatch|HASHES|have a hash|Invalid hash|parse requirement|no version of|not found": (
+        "requirements.lock does not match the packages; try git checkout requirements.lock"
+    ),
+}
+
+
+class Trouble(Exception):
+    """What went wrong and what to do about it, in one line."""
+
+
+def main(arguments):
+    """Carry out one command line; return the exit status."""
+    found = "{}.{}".format(*sys.version_info)
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        wanted = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+        raise Trouble(f"Python {found} found; {wanted} wanted: install one, and run this with it")
+    command, options = None, arguments
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    if arguments and not arguments[0].startswith("-"):
+        command, *options = arguments
+        if command not in COMMANDS:
+            raise Trouble(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends children, too
+    if not is_installed():
+        install()
+    if command:
+        return hand_over(["-m", *COMMANDS[command], *options])
+    return check_server() or open_jupyterlab(options)
+
+
+def fingerprint():
+    """What the environment is made from: another lock, Python or folder wants another one."""
+    sources = [LOCK.read_bytes().hex(), sys.version, sys.base_prefix, str(ROOT)]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+
+
+def is_installed():
+    return PYTHON.exists() and INSTALLED.exists() and INSTALLED.read_text() == fingerprint()
+
+
+def install():
+    """Make .venv from requirements.lock; leave nothing behind where that fails."""
+    uv = shutil.which("uv")
+    modules = ["venv"] if uv else ["venv", "ensurepip"]
+    if not all(importlib.util.find_spec(module) for module in modules):
+        raise Trouble("this Python lacks its venv module; on Debian: apt install python3-venv")
+    free = shutil.disk_usage(ROOT).free
+    if free < DISK_NEEDED:
+        raise Trouble(f"{DISK_NEEDED / 1e9} GB of free disk wanted, {free / 1e9:.1f} GB found")
+    try:
+        INSTALLED.unlink(missing_ok=True)  # first, so that half an environment is never trusted
+        if VENV.exists():
+            shutil.rmtree(VENV)
+        VENV.mkdir()
+    except OSError as error:
+        raise Trouble(
+            f"cannot write .venv: {error}; close what uses it, or work in a copy of this folder"
+        ) from error
+    try:
+        print("Setting up .venv; the first time, this downloads about 215 MB.", flush=True)
+        install_packages(uv)
+        add_checkout()
+        INSTALLED.write_text(fingerprint())
+    except BaseException:  # Ctrl-C as well; what cannot be removed here has no stamp
+        shutil.rmtree(VENV, ignore_errors=True)
+        raise
+
+
+def install_packages(uv):
+    """Install exactly what the lock says, with the given uv or else with the locked one."""
+    # The base interpreter: the one in .venv, if lab.py was started with that, is gone by now.
+    python = getattr(sys, "_base_executable", sys.executable)
+    locked_uv = re.search(r"^uv==.*\n(\s.*\n)*", LOCK.read_text(errors="replace"), re.MULTILINE)
+    if locked_uv is None:
+        raise Trouble("requirements.lock lacks packages; try git checkout requirements.lock")
+    environ = dict(os.environ)
+    if uv:
+        watch([python, "-m", "venv", "--without-pip", str(VENV)], environ)
+        installer = [uv]
+    else:
+        watch([python, "-m", "venv", str(VENV)], environ)
+        (VENV / "uv.txt").write_text(locked_uv.group())
+        # What is set for one of the two installers holds for the other.
+        for uv_name, pip_name in [
+            ("UV_FIND_LINKS", "PIP_FIND_LINKS"),
+            ("UV_OFFLINE", "PIP_NO_INDEX"),
+        ]:
+            if uv_name in environ:
+                environ[pip_name] = environ[uv_name]
+        if "PIP_INDEX_URL" in environ:
+            environ.setdefault("UV_DEFAULT_INDEX", environ["PIP_INDEX_URL"])
+        pip = [str(PYTHON), "-m", "pip", "install", "--no-deps", "--require-hashes"]
+        watch([*pip, "-r", str(VENV / "uv.txt")], environ)
+        installer = [str(PYTHON), "-m", "uv"]
+    sync = ["pip", "sync", "--color=never", "--require-hashes", f"--python={PYTHON}", str(LOCK)]
+    watch([*installer, *sync], environ)
+
+
+def add_checkout():
+    """Make the checkout's packages importable, and JupyterLab silent about its news."""
+    site_packages = sysconfig.get_path("purelib", "venv", {"base": str(VENV)})
+    # Relative, hence ASCII: .pth files are read in an encoding that may lack this folder's name.
+    Path(site_packages, "workshop.pth").write_text(os.path.relpath(ROOT, site_packages) + "\n")
+    settings = VENV / "share/jupyter/lab/settings/overrides.json"
+    settings.parent.mkdir(exist_ok=True)
+    no_news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+    settings.write_text(json.dumps(no_news))
+
+
+def watch(command, environ):
+    """Run a command and show its progress; if it fails, say in one line why."""
+    lines = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if re.match(r"Download|Prepared|Installed", line.strip()):
+                    print(" ", line.strip(), flush=True)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        for pattern, advice in FAILURES.items():
+            for line in lines:
+                if re.search(pattern, line):
+                    raise Trouble(f"{advice} ({line})")
+        raise Trouble("the set-up failed:\n" + "\n".join(lines))
+
+
+def check_server():
+    """See that a database answers; needed once for each environment, and always for a given URL."""
+    is_given = "DATABASE_URL" in os.environ
+    if not is_given and SERVER_CHECKED.exists():
+        return 0
+    status = subprocess.call([str(PYTHON), "-m", "workshop.doctor", "--server"], cwd=ROOT)
+    if status == 0 and not is_given:
+        SERVER_CHECKED.touch()
+    return status
+
+
+def open_jupyterlab(options):
+    defaults = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={FIRST_LESSON}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
+    return hand_over(["-c", JUPYTERLAB, *defaults, *options])
+
+
+def hand_over(arguments):
+    """Go on as the environment's Python with these; its signals and exit status are ours."""
+    command = [str(PYTHON), *arguments]
+    os.chdir(ROOT)
+    sys.stdout.flush()
+    if os.name != "nt":
+        os.execv(command[0], command)
+    with subprocess.Popen(command) as process:  # on Windows, execv would not wait for the end
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the process got it too, and decides what it means
+                continue
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (Trouble, OSError) as error:
+        sys.exit(f"lab.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,216 @@
+"""The process that `observe` starts: runs the workload with the instruments attached, and tells what they see.
+
+Standard input carries the workload and stays open: a line there asks the run to stop, and its end means that
+the parent is gone. Standard output carries pickled messages; what the workload prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import linecache
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any, BinaryIO
+
+_SEND_SECONDS = 0.05
+
+
+class Reporter:
+    """Sends what the instruments saw to the parent, about 20 times a second, from a thread of its own."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._start = time.perf_counter()
+        self._scopes: list[Any] = []
+        self._deadlocks_sent: list[int] = []
+        self._verdict_sent: list[bool] = []
+        self.loop_scope: Any = None
+
+    def watch_every_engine(self) -> None:
+        """Give each engine that this process creates a PoolScope at its birth; SQLAlchemy has no event for that."""
+        from sqlalchemy.engine import Engine
+
+        from ormscope.pool import PoolScope
+
+        original = Engine.__init__
+
+        def watched(engine: Engine, *arguments: Any, **options: Any) -> None:
+            original(engine, *arguments, **options)
+            name = engine.pool.logging_name
+            if name is None:
+                name = "pool" if not self._scopes else f"pool {len(self._scopes) + 1}"
+            self._scopes.append(PoolScope(engine, name))
+            self._deadlocks_sent.append(0)
+            self._verdict_sent.append(False)
+
+        Engine.__init__ = watched  # type: ignore[method-assign,assignment]
+
+    def start(self) -> None:
+        """Begin to send; times are counted from here."""
+        self._start = time.perf_counter()
+        self._send("started", None)
+        threading.Thread(target=self._send_for_ever, name="ormscope reporter", daemon=True).start()
+
+    def finish(self, kind: str, content: Any) -> None:
+        """Send the last samples, the final verdicts and how the run ended."""
+        with self._lock:
+            self._send("seen", self._collect(final=True))
+            self._send(kind, (time.perf_counter() - self._start, content))
+
+    def _send_for_ever(self) -> None:
+        while True:
+            time.sleep(_SEND_SECONDS)
+            with self._lock:
+                self._send("seen", self._collect(final=False))
+
+    def _send(self, kind: str, content: Any) -> None:
+        pickle.dump((kind, content), self._stream)
+        self._stream.flush()
+
+    def _collect(self, final: bool) -> dict[str, Any]:
+        from dataclasses import replace
+
+        from ormscope.storm import log
+
+        pools = []
+        for number, scope in enumerate(self._scopes):
+            proved = scope.deadlocks[self._deadlocks_sent[number] :]
+            self._deadlocks_sent[number] += len(proved)
+            samples = _drained(scope.samples)
+            # Where nothing moves, say why at once: the process may be killed before its last words.
+            stands_still = not samples and bool(scope.holders) and not self._verdict_sent[number]
+            last = scope.verdict() if final or stands_still else None
+            self._verdict_sent[number] = stands_still or (
+                self._verdict_sent[number] and not samples
+            )
+            pools.append(
+                {
+                    "name": scope.name,
+                    "capacity": scope.capacity,
+                    "samples": [one._replace(time=one.time - self._start) for one in samples],
+                    "deadlocks": [replace(one, at=one.at - self._start) for one in proved],
+                    "last": last and replace(last, at=last.at - self._start),
+                    "timeouts": scope.timeouts,
+                    "served_after_wait": scope.served_after_wait,
+                    "longest_wait": scope.longest_wait,
+                }
+            )
+        requests = [
+            replace(one, start=one.start - self._start, end=one.end - self._start)
+            for one in _drained(log.ended)
+        ]
+        lag = self.loop_scope.longest_lag() if self.loop_scope is not None else None
+        now = time.perf_counter() - self._start
+        return {
+            "pools": pools,
+            "requests": requests,
+            "announced": log.announced,
+            "loop_lag": [] if lag is None else [(now, lag)],
+        }
+
+
+def _drained(queue: Any) -> list[Any]:
+    """Everything in a deque, taken out; safe while another thread appends."""
+    return [queue.popleft() for _ in range(len(queue))]
+
+
+def _take_standard_output() -> BinaryIO:
+    """Keep the pipe to the parent for messages; let whatever prints go to standard error."""
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return messages
+
+
+def _obey_parent(stream: BinaryIO, reporter: Reporter) -> None:
+    """End this process when the parent asks for it, or is gone; a thread, so that a blocked loop cannot stop it."""
+    if stream.readline():
+        reporter.finish("stopped", None)
+    os._exit(0)
+
+
+async def _run_on_loop(workload: Callable[[], Any], reporter: Reporter) -> Any:
+    from ormscope.loop import LoopScope
+
+    reporter.loop_scope = LoopScope()
+    reporter.start()
+    return await workload()
+
+
+def _portable(error: BaseException) -> bytes | None:
+    """The exception, pickled; None where it cannot be (the parent then raises a WorkloadError in its place)."""
+    import cloudpickle
+
+    try:
+        data: bytes = cloudpickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return None
+    return data
+
+
+def _users_traceback(error: BaseException) -> list[str]:
+    """The traceback without the frames of the machinery; a notebook cell is called Cell, not by its temporary file."""
+    from ormscope.places import is_cell, is_user_code
+
+    def trimmed(report: traceback.TracebackException) -> None:
+        frames = [one for one in report.stack if is_user_code(one.filename)]
+        for one in frames:
+            if is_cell(one.filename):
+                one.filename = "Cell"
+        report.stack[:] = frames
+        for other in (report.__cause__, report.__context__, *(report.exceptions or ())):
+            if other is not None:
+                trimmed(other)
+
+    report = traceback.TracebackException.from_exception(error)
+    trimmed(report)
+    return "".join(report.format()).splitlines()
+
+
+def main() -> None:
+    """Run one workload, then end the process at once."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal; the parent decides
+    messages = _take_standard_output()
+    setting, workload_bytes = pickle.load(sys.stdin.buffer)
+    sys.path[:] = setting["path"]
+    for filename, lines in setting["cells"].items():
+        linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
+    import cloudpickle
+
+    reporter = Reporter(messages)
+    reporter.watch_every_engine()
+    threading.Thread(target=_obey_parent, args=(sys.stdin.buffer, reporter), daemon=True).start()
+    try:
+        workload, arguments, options = cloudpickle.loads(workload_bytes)
+        if inspect.iscoroutinefunction(workload):
+            result = asyncio.run(_run_on_loop(partial(workload, *arguments, **options), reporter))
+        else:
+            reporter.start()
+            result = workload(*arguments, **options)
+        reporter.finish("returned", cloudpickle.dumps(result))
+    except BaseException as error:
+        from ormscope.storm import outcome_of
+
+        reporter.finish(
+            "raised", (_portable(error), outcome_of(error), str(error), _users_traceback(error))
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # No farewell: a leaked connection would otherwise be collected, and reported, by a half-dead interpreter.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

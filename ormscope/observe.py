@@ -1,0 +1,255 @@
+"""observe: run a workload in a fresh process with all instruments attached, draw it live, return the recording."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import cloudpickle
+
+from ormscope.places import is_cell
+from ormscope.recording import PoolCurve, Recording
+
+_FAREWELL_SECONDS = 2.0
+_INTERRUPTED_FAREWELL_SECONDS = 0.3
+_START_SECONDS = 60.0
+
+_Message = tuple[str, Any]
+
+
+class WorkloadError(Exception):
+    """An exception of the workload that could not be carried over: its class and message as text."""
+
+
+class WorkloadTraceback(Exception):
+    """A traceback from the observed process, as text; the cause of the exception that `observe` raises."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def observe(
+    workload: Callable[..., Any],
+    *arguments: Any,
+    fuse: float = 30.0,
+    title: str | None = None,
+    live: bool = True,
+    **options: Any,
+) -> Recording:
+    """Run `workload(*arguments, **options)` in a fresh process under observation and return what was seen.
+
+    `workload` is an ordinary `async def` (or `def`); it creates its own engine, since a connection cannot travel
+    between processes. `fuse` is in seconds: a run that lasts longer is ended, and the recording says so.
+    An interrupt (the stop button, Ctrl-C) ends the run too; in both cases what was seen so far is returned.
+    In a notebook the picture is drawn while the run goes on. With `live=False` nothing is drawn or said.
+
+    Raises what the workload raises, with the workload's traceback; ValueError when the workload cannot be sent.
+    """
+    recording = Recording(title=title or workload.__name__, fuse=fuse)
+    payload = _payload(workload, arguments, options)
+    with _picture(recording, live) as draw, _started(payload) as process:
+        messages = _messages(process)
+        failure = _follow(process, messages, recording, draw)
+    if live and recording.ending:
+        print(recording.ending)
+    if failure is not None:
+        raise failure
+    return recording
+
+
+def _payload(
+    workload: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> bytes:
+    cells = {
+        name: entry[2]
+        for name, entry in linecache.cache.items()
+        if is_cell(name) and len(entry) == 4
+    }
+    try:
+        code = cloudpickle.dumps((workload, arguments, options))
+    except Exception as error:
+        raise ValueError(
+            f"{workload.__name__} cannot be sent to its own process ({error}): "
+            "create the engine, the sessions and all that is open inside it, and hand it plain values."
+        ) from None
+    return pickle.dumps(({"path": sys.path, "cells": cells}, code))
+
+
+@contextlib.contextmanager
+def _started(payload: bytes) -> Iterator[subprocess.Popen[bytes]]:
+    # A group of its own: an interrupt is for the parent to judge, which wants to hear the last words.
+    detached: dict[str, Any] = {"start_new_session": True}
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+        detached = {"creationflags": flags}
+    path = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BOOTSTRAP.format(path=path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
+        **detached,
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.write(payload)
+        process.stdin.flush()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+
+_BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from ormscope.child import main; main()"
+
+
+def _messages(process: subprocess.Popen[bytes]) -> queue.SimpleQueue[_Message]:
+    """What the process reports and prints, in one queue; each of the two streams ends with its own message."""
+    messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+
+    def read_reports(stream: BinaryIO) -> None:
+        while True:
+            try:
+                messages.put(pickle.load(stream))
+            except (EOFError, pickle.UnpicklingError, ValueError, OSError):
+                # The end, or a message cut short by the end of the process.
+                messages.put(("reports ended", None))
+                return
+
+    def read_prints(stream: BinaryIO) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            for line in stream:
+                messages.put(("printed", line.decode(errors="replace")))
+        messages.put(("prints ended", None))
+
+    for read, stream in ((read_reports, process.stdout), (read_prints, process.stderr)):
+        threading.Thread(
+            target=read, args=(stream,), name=f"observe {read.__name__}", daemon=True
+        ).start()
+    return messages
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    messages: queue.SimpleQueue[_Message],
+    recording: Recording,
+    draw: Callable[[], None],
+) -> BaseException | None:
+    """Take in messages until the run ends; return the exception that the workload raised, if any."""
+    open_streams = {"reports ended", "prints ended"}
+    failure: BaseException | None = None
+    deadline = time.monotonic() + _START_SECONDS
+    stopping = False
+    while open_streams:
+        try:
+            try:
+                kind, content = messages.get(timeout=0.02)
+            except queue.Empty:
+                kind, content = "nothing", None
+            if not stopping:
+                draw()
+        except KeyboardInterrupt:
+            if stopping:
+                break
+            recording.ended, stopping = "interrupted", True
+            deadline = _ask_to_stop(process) + _INTERRUPTED_FAREWELL_SECONDS
+            continue
+        if kind in open_streams:
+            open_streams.remove(kind)
+        elif kind == "started":
+            deadline = time.monotonic() + recording.fuse
+        elif kind == "seen":
+            _take_in(recording, content)
+        elif kind == "printed":
+            recording.printed += content
+            print(content, end="")
+        elif kind in ("returned", "raised", "stopped"):
+            recording.seconds, end = content
+            if kind == "returned":
+                recording.ended, recording.result = "returned", cloudpickle.loads(end)
+            elif kind == "raised":
+                recording.ended, failure = "raised", _carried_over(*end)
+            deadline = time.monotonic() + _FAREWELL_SECONDS
+            stopping = True
+        if time.monotonic() > deadline:
+            if stopping:
+                break
+            recording.ended, stopping = "fuse", True
+            deadline = _ask_to_stop(process) + _FAREWELL_SECONDS
+    if recording.ended == "running":
+        recording.ended = "died"
+    return failure
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> float:
+    """Ask the run for its last words; return the time, on the monotonic clock."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.write(b"stop\n")
+        process.stdin.flush()
+    return time.monotonic()
+
+
+def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
+    for number, pool in enumerate(seen["pools"]):
+        if number == len(recording.pools):
+            recording.pools.append(PoolCurve(pool["name"], pool["capacity"]))
+        curve = recording.pools[number]
+        curve.samples += pool["samples"]
+        curve.deadlocks += pool["deadlocks"]
+        curve.last = pool["last"] or curve.last
+        curve.timeouts = pool["timeouts"]
+        curve.served_after_wait = pool["served_after_wait"]
+        curve.longest_wait = pool["longest_wait"]
+    recording.requests += seen["requests"]
+    recording.announced = seen["announced"]
+    recording.loop_lag += seen["loop_lag"]
+    for time_seen, _ in seen["loop_lag"]:
+        recording.seconds = time_seen
+
+
+def _carried_over(
+    pickled: bytes | None, name: str, message: str, lines: list[str]
+) -> BaseException:
+    error: BaseException = (
+        WorkloadError(f"{name}: {message}") if pickled is None else pickle.loads(pickled)
+    )
+    error.__cause__ = WorkloadTraceback("\n".join(lines))
+    # IPython shows what this returns instead of the frames of this module.
+    error._render_traceback_ = lambda: lines  # type: ignore[attr-defined]
+    return error
+
+
+@contextlib.contextmanager
+def _picture(recording: Recording, live: bool) -> Iterator[Callable[[], None]]:
+    """A function that brings the picture up to date, at most as often as leaves the run undisturbed."""
+    if not (live and _in_notebook()):
+        yield lambda: None
+        return
+    from ormscope.picture import LivePicture
+
+    picture = LivePicture(recording)
+    yield picture.draw_if_due
+    picture.draw_final()
+
+
+def _in_notebook() -> bool:
+    if "IPython" not in sys.modules:
+        return False
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")

@@ -1,0 +1,46 @@
+"""Who holds or asks for a connection: a task, or a thread where no event loop runs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from typing import Any
+
+TaskOrThread = asyncio.Task[Any] | threading.Thread
+
+
+class Owner:
+    """A task or thread, known by name, without keeping it alive.
+
+    A strong reference would pin the task's frames, and so the session that it forgot to close:
+    the instrument would cause the leak that it is there to find.
+    """
+
+    __slots__ = ("_reference", "name")
+
+    def __init__(self, subject: TaskOrThread) -> None:
+        self._reference = weakref.ref(subject)
+        self.name = subject.get_name() if isinstance(subject, asyncio.Task) else subject.name
+
+    @property
+    def subject(self) -> TaskOrThread | None:
+        """The task or thread itself; None once it is gone."""
+        return self._reference()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still run, and so give a connection back."""
+        subject = self.subject
+        if isinstance(subject, asyncio.Task):
+            return not subject.done()
+        return subject is not None and subject.is_alive()
+
+
+def current() -> TaskOrThread:
+    """The task that runs now in this thread, or the thread."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return task if task is not None else threading.current_thread()

@@ -1,0 +1,321 @@
+"""Pictures of recordings: one look, one meaning for each colour, labels beside the curves, a text alternative."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ormscope.recording import PoolCurve, Recording
+from ormscope.verdict import Holding, Waiting
+
+# Okabe and Ito's palette, which colour-blind people can tell apart; each meaning keeps its colour in every picture.
+CHECKED_OUT = "#0072B2"
+WAITING = "#D55E00"
+CAPACITY = "#000000"
+COMPLETED = "#009E73"
+FAILED = "#CC79A7"
+LOOP_LAG = "#E69F00"
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+
+_LIVE_DPI = 90
+_FINAL_DPI = 180
+_SHOWN_WIDTH = 900  # pixels in the notebook
+# Drawing may take this share of one core at most: what is measured runs on the same machine.
+_DRAWING_SHARE = 0.15
+
+
+class Picture:
+    """A figure with its text alternative; a notebook shows it as a PNG.
+
+    `title` is the plain-text form, the same in every run; `alternative` describes the data.
+    """
+
+    def __init__(self, figure: Figure, title: str, alternative: str) -> None:
+        self.figure, self.title, self.alternative = figure, title, alternative
+
+    def png(self, dpi: int = _FINAL_DPI) -> bytes:
+        """The picture as a PNG file's bytes."""
+        data = io.BytesIO()
+        self.figure.savefig(data, format="png", dpi=dpi)
+        return data.getvalue()
+
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.bundle(_FINAL_DPI)
+
+    def bundle(self, dpi: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The picture as Jupyter's display data and metadata."""
+        return (
+            {"image/png": self.png(dpi), "text/plain": f"<Picture: {self.title}>"},
+            {"image/png": {"width": _SHOWN_WIDTH, "alt": self.alternative}},
+        )
+
+
+def new_figure(width: float = 10.0, height: float = 4.6) -> Figure:
+    """An empty figure in the project's look, in inches; draw on it within `look()`."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def look() -> Any:
+    """The project's look, as a context manager."""
+    return matplotlib.style.context(STYLE)
+
+
+def draw(*recordings: Recording, titles: Sequence[str] | None = None) -> Picture:
+    """The curves of one recording, or of several side by side on the same axes."""
+    names = list(titles or [one.title for one in recordings])
+    with look():
+        figure = new_figure(height=4.6 + 0.4 * (len(recordings) > 1))
+        grid = figure.subplots(
+            2, len(recordings), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 2]
+        )
+        seconds = max(max(one.seconds, 0.05) * 1.02 for one in recordings)
+        connections = max(_most_connections(one) for one in recordings)
+        requests = max(_most_requests(one) for one in recordings)
+        for column, (recording, name) in enumerate(zip(recordings, names, strict=True)):
+            _draw_pool(grid[0][column], recording, connections)
+            _draw_requests(grid[1][column], recording, requests)
+            grid[0][column].set_title(name)
+            grid[1][column].set_xlim(0, seconds)
+            grid[1][column].set_xlabel("seconds since the start")
+            if column == 0:
+                grid[0][0].set_ylabel("connections")
+                grid[1][0].set_ylabel("requests")
+        figure.align_ylabels()
+    alternative = "\n".join(
+        f"{name}. {one.summary()}" for name, one in zip(names, recordings, strict=True)
+    )
+    return Picture(figure, " | ".join(names), alternative)
+
+
+def _most_connections(recording: Recording) -> int:
+    return max((max(one.capacity or 0, one.most_checked_out) for one in recording.pools), default=1)
+
+
+def _most_requests(recording: Recording) -> int:
+    return max([recording.announced, 1, *(one.most_waiting for one in recording.pools)])
+
+
+def _steps(curve: PoolCurve, until: float) -> tuple[list[float], list[int], list[int]]:
+    times = [0.0, *(one.time for one in curve.samples), until]
+    checked_out = [0, *(one.checked_out for one in curve.samples)]
+    waiting = [0, *(one.waiting for one in curve.samples)]
+    return times, [*checked_out, checked_out[-1]], [*waiting, waiting[-1]]
+
+
+def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
+    """Connections checked out over time: the first pool filled, further pools as broken lines."""
+    labels: list[tuple[float, str, str]] = []
+    for number, curve in enumerate(recording.pools):
+        times, checked_out, _ = _steps(curve, recording.seconds)
+        prefix = "" if len(recording.pools) == 1 else f"{curve.name}: "
+        line = ("-", "--", ":")[number % 3]
+        axes.step(times, checked_out, where="post", color=CHECKED_OUT, linestyle=line, zorder=3)
+        if number == 0:
+            axes.fill_between(
+                times, checked_out, step="post", color=CHECKED_OUT, alpha=0.18, linewidth=0
+            )
+        labels.append((checked_out[-1], f"{prefix}checked out {checked_out[-1]}", CHECKED_OUT))
+        if curve.capacity is not None:
+            axes.axhline(curve.capacity, color=CAPACITY, linewidth=1.4, linestyle=(0, (4, 3)))
+            labels.append((curve.capacity, f"{prefix}capacity {curve.capacity}", CAPACITY))
+    for verdict in recording.deadlocks[:1]:
+        axes.axvline(verdict.at, color=WAITING, linewidth=1.6)
+        late = verdict.at > recording.seconds * 0.6
+        axes.annotate(
+            "deadlock proved",
+            (verdict.at, top * 0.5),
+            xytext=(-6 if late else 6, 0),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            color=WAITING,
+            weight="bold",
+        )
+    axes.set_ylim(0, top * 1.15)
+    _label_ends(axes, labels, top, gap=0.11)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
+    """Tasks waiting for a connection, requests completed and failed, over time."""
+    lines: list[tuple[str, str, list[float], list[int]]] = []
+    if recording.pools:
+        changes = sorted(
+            (one.time, number, one.waiting)
+            for number, curve in enumerate(recording.pools)
+            for one in curve.samples
+        )
+        now, times, waiting = [0] * len(recording.pools), [0.0], [0]
+        for moment, number, value in changes:
+            now[number] = value
+            times.append(moment)
+            waiting.append(sum(now))
+        lines.append(("waiting", WAITING, times, waiting))
+    if recording.announced:
+        done = sorted((one.end, one.outcome == "ok") for one in recording.requests)
+        for name, color, good in (("completed", COMPLETED, True), ("failed", FAILED, False)):
+            ends = [end for end, ok in done if ok is good]
+            if ends or good:
+                lines.append((name, color, [0.0, *ends], list(range(len(ends) + 1))))
+    for _, color, times, values in lines:
+        axes.step([*times, recording.seconds], [*values, values[-1]], where="post", color=color)
+    axes.set_ylim(0, top * 1.12)
+    _label_ends(
+        axes,
+        [(values[-1], f"{name} {values[-1]}", color) for name, color, _, values in lines],
+        top,
+        gap=0.19,
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def _label_ends(axes: Axes, labels: list[tuple[float, str, str]], top: float, gap: float) -> None:
+    """Name each curve to the right of its end; `gap` is the least distance of two names, as a share of `top`."""
+    height = -math.inf
+    for value, text, color in sorted(labels):
+        height = max(value, height + gap * top, 0.05 * top)
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            weight="bold",
+        )
+
+
+class LivePicture:
+    """The picture of a run that is still going on, in a notebook."""
+
+    def __init__(self, recording: Recording) -> None:
+        from IPython.display import DisplayHandle
+
+        self._recording = recording
+        self._handle = DisplayHandle()
+        self._next = time.monotonic()
+        self._shown = False
+
+    def draw_if_due(self) -> None:
+        """Draw, unless the last drawing was so recent that one more would disturb what is measured."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._show(_LIVE_DPI)
+            spent = time.monotonic() - now
+            self._next = time.monotonic() + max(0.2, spent / _DRAWING_SHARE)
+
+    def draw_final(self) -> None:
+        """Draw the whole run, finely."""
+        self._show(_FINAL_DPI)
+
+    def _show(self, dpi: int) -> None:
+        data, metadata = draw(self._recording).bundle(dpi)
+        if self._shown:
+            self._handle.update(data, raw=True, metadata=metadata)
+        else:
+            self._handle.display(data, raw=True, metadata=metadata)
+            self._shown = True
+
+
+def draw_waits(recording: Recording) -> Picture:
+    """The wait-for graph of the first deadlock: who holds each connection, and what the holder waits for."""
+    if not recording.deadlocks:
+        raise ValueError(f"no wait-for graph: no deadlock was seen in {recording.title!r}")
+    verdict = recording.deadlocks[0]
+    holding = sorted(verdict.holding, key=lambda one: _natural(one.owner))
+    behind = {id(one.waits) for one in holding}
+    others = sum(id(one) not in behind for one in verdict.waiting)
+    font = 12 if len(holding) <= 24 else 8
+    with look():
+        figure = new_figure(10, 5.6)
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_xlim(-3.05, 1.55)
+        axes.set_ylim(-1.25, 1.25)
+        axes.set_aspect("equal")
+        for number, one in enumerate(holding):
+            angle = math.pi / 2 - 2 * math.pi * number / len(holding)
+            x, y = math.cos(angle), math.sin(angle)
+            _arrow(axes, (0.4 * x, 0.4 * y), (0.97 * x, 0.97 * y), CHECKED_OUT, "-")
+            _arrow(axes, (0.97 * x, 0.97 * y), (0.4 * x, 0.4 * y), WAITING, "--")
+            axes.plot([x], [y], "o", color=CHECKED_OUT, markersize=font)
+            axes.annotate(
+                one.owner,
+                (1.08 * x, 1.08 * y),
+                ha="left" if x > 0.05 else "right" if x < -0.05 else "center",
+                va="bottom" if y > 0.95 else "top" if y < -0.95 else "center",
+                fontsize=font,
+            )
+        axes.annotate(
+            f"{verdict.pool}\n{verdict.checked_out} of {verdict.capacity}\nchecked out",
+            (0, 0),
+            ha="center",
+            va="center",
+            weight="bold",
+        )
+        notes = [
+            ("holds a connection,\n" + _mostly("taken in", holding), CHECKED_OUT, 0.75),
+            (
+                "waits for one more,\n"
+                + _mostly("asked for in", [one.waits for one in holding if one.waits]),
+                WAITING,
+                0.2,
+            ),
+        ]
+        if others:
+            notes.append((f"{others} more in line,\nholding nothing", "#444444", -0.75))
+        for text, color, y in notes:
+            axes.annotate(text, (-3.05, y), color=color, weight="bold", va="center", fontsize=14)
+        figure.suptitle("Who waits for whom", x=0.01, ha="left", weight="bold", fontsize=16)
+    alternative = (
+        f"Wait-for graph: {len(holding)} tasks each hold one connection of {verdict.pool} and wait for one more"
+        f" of the same pool; {others} tasks that hold nothing wait behind them."
+    )
+    return Picture(figure, "who waits for whom", alternative)
+
+
+def _mostly(verb: str, ones: Sequence[Holding | Waiting]) -> str:
+    """The source line that most of them come from."""
+    places = Counter(one.places[0].short for one in ones if one.places)
+    return f"{verb} {places.most_common(1)[0][0]}" if places else f"{verb} no line of yours"
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """A sort key that puts "request 9" before "request 10"."""
+    words, _, number = name.rpartition(" ")
+    return (words, int(number)) if number.isdigit() else (name, 0)
+
+
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, line: str
+) -> None:
+    axes.annotate(
+        "",
+        xy=end,
+        xytext=start,
+        arrowprops={
+            "arrowstyle": "-|>",
+            "color": color,
+            "linewidth": 1.6,
+            "linestyle": line,
+            "connectionstyle": "arc3,rad=0.1",
+            "shrinkA": 0,
+            "shrinkB": 4,
+        },
+    )

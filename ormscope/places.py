@@ -1,0 +1,110 @@
+"""Where in the user's code something happened: function, line, text of the line."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from types import CodeType, FrameType
+
+import greenlet
+import sqlalchemy
+
+# A frame as it was at one moment. Resolving it to text costs file access, so that waits until somebody asks.
+RawPlace = tuple[CodeType, int]
+
+
+def _folder(path: str) -> str:
+    return os.path.join(os.path.abspath(path), "")
+
+
+_STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
+_SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+_MACHINERY = (_folder(os.path.dirname(__file__)), _folder(os.path.dirname(sqlalchemy.__file__)))
+_own_code: dict[str, bool] = {}
+
+
+def is_user_code(filename: str) -> bool:
+    """Whether a file is the user's: not ormscope, not SQLAlchemy, not the standard library."""
+    known = _own_code.get(filename)
+    if known is None:
+        in_library = filename.startswith(_STANDARD_LIBRARY) and not filename.startswith(
+            _SITE_PACKAGES
+        )
+        known = not (
+            in_library
+            or filename.startswith(_MACHINERY)
+            or filename.startswith(("<frozen", "<sqlalchemy"))
+        )
+        _own_code[filename] = known
+    return known
+
+
+def user_frames(limit: int = 6) -> tuple[RawPlace, ...]:
+    """The frames of the user's code that led here, innermost first, at most `limit`.
+
+    SQLAlchemy runs its internals in a greenlet of their own, whose stack ends at its first call;
+    the coroutine that awaits it stands on the stack of the parent greenlet.
+    """
+    frames: list[RawPlace] = []
+    frame: FrameType | None = sys._getframe(1)
+    parent = greenlet.getcurrent().parent
+    while len(frames) < limit:
+        if frame is None:
+            if parent is None:
+                break
+            frame, parent = parent.gr_frame, parent.parent
+            continue
+        if is_user_code(frame.f_code.co_filename):
+            frames.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(frames)
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """One line of the user's code.
+
+    `cell` is true for code from a notebook cell; then `line` counts within the cell and `file` is
+    empty, because the file that the kernel compiles a cell under is temporary.
+    """
+
+    function: str
+    line: int
+    text: str
+    file: str = ""
+
+    def __str__(self) -> str:
+        where = (
+            f"{self.file}:{self.line}, {self.function}"
+            if self.file
+            else f"{self.function}, line {self.line}"
+        )
+        return f"{where}: {self.text}" if self.text else where
+
+    @property
+    def short(self) -> str:
+        """Function and line, without the text."""
+        return f"{self.function}, line {self.line}"
+
+
+def is_cell(filename: str) -> bool:
+    """Whether a code object's file name is one that IPython gives to a notebook cell."""
+    # ipykernel compiles a cell as <temporary folder>/ipykernel_<pid>/<hash>.py, IPython as <ipython-input-…>
+    return filename.startswith("<ipython-input-") or os.path.basename(
+        os.path.dirname(filename)
+    ).startswith("ipykernel_")
+
+
+def place(raw: RawPlace) -> Place:
+    """The place of a raw frame."""
+    code, line = raw
+    filename = code.co_filename
+    return Place(
+        function=code.co_qualname.rpartition("<locals>.")[2],
+        line=line,
+        text=linecache.getline(filename, line).strip(),
+        file="" if is_cell(filename) else os.path.basename(filename),
+    )

@@ -1,0 +1,376 @@
+"""PoolScope: who holds a connection of a SQLAlchemy pool, who waits for one, and whether that can end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
+
+from ormscope import waitgraph
+from ormscope.owners import Owner, TaskOrThread, current
+from ormscope.places import RawPlace, place, user_frames
+from ormscope.verdict import Holding, Verdict, Waiting, judge
+
+_HOLDER = "ormscope.holder"
+_RECHECK_SECONDS = 0.025
+_KEPT_SAMPLES = 100_000
+
+_scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
+
+
+class Sample(NamedTuple):
+    """The pool at one moment: `time.perf_counter()` seconds, connections checked out, tasks waiting."""
+
+    time: float
+    checked_out: int
+    waiting: int
+
+
+@dataclass(eq=False, slots=True)
+class Holder:
+    """A connection that is checked out. `since` is in `time.perf_counter()` seconds."""
+
+    owner: Owner
+    since: float
+    frames: tuple[RawPlace, ...]
+    pool: Pool
+    last_user: Owner
+    last_sql: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A task or thread in the pool's queue. `since` is in `time.perf_counter()` seconds."""
+
+    owner: Owner
+    since: float
+    frames: tuple[RawPlace, ...]
+    connecting: bool = False
+
+
+class PoolScope:
+    """Watches the pool of one engine from now on, until `close()`.
+
+    `engine` is an `AsyncEngine` or an `Engine`. SQLAlchemy has no event for *waiting*, so the pool's
+    class is replaced by a subclass of itself that notes who asks; `recreate()`, and so `dispose()`,
+    keeps that class, and the scope goes on with the engine's new pool.
+
+    `samples` holds the curve (a `Sample` for each change, the last 100,000), `deadlocks` a `Verdict`
+    for each deadlock that was proved, `timeouts` how many waits ended in `sqlalchemy.exc.TimeoutError`,
+    `longest_wait` seconds.
+    """
+
+    def __init__(self, engine: AsyncEngine | Engine, name: str | None = None) -> None:
+        self.engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self.name = name or self.engine.pool.logging_name or "pool"
+        self.samples: deque[Sample] = deque(maxlen=_KEPT_SAMPLES)
+        self.deadlocks: list[Verdict] = []
+        self.timeouts = 0
+        self.served_after_wait = 0
+        self.longest_wait = 0.0
+        self._holders: dict[ConnectionPoolEntry, Holder] = {}
+        self._waiters: dict[TaskOrThread, Waiter] = {}
+        self._deadlock: Verdict | None = None
+        self._deadlock_seen: list[asyncio.Future[Verdict]] = []
+        self._check_due = False
+        self._lock = threading.RLock()
+        self._class = type(self.engine.pool)
+        self.engine.pool.__class__ = _watched(self._class, self)
+        event.listen(self.engine, "before_cursor_execute", self._executes)
+        _scopes.add(self)
+
+    def close(self) -> None:
+        """Stop watching; the pool gets its own class back."""
+        if self in _scopes:
+            self.engine.pool.__class__ = self._class
+            event.remove(self.engine, "before_cursor_execute", self._executes)
+            _scopes.discard(self)
+
+    @property
+    def pool(self) -> Pool:
+        """The engine's pool now; `dispose()` gives the engine a new one."""
+        return self.engine.pool
+
+    @property
+    def capacity(self) -> int | None:
+        """The most connections that can be checked out at once; None where there is no limit."""
+        pool = self.pool
+        if not isinstance(pool, QueuePool) or pool._max_overflow == -1:
+            return None
+        return pool.size() + pool._max_overflow
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a wait may last (`pool_timeout`); None where it lasts for ever."""
+        pool = self.pool
+        if not isinstance(pool, QueuePool):
+            return None
+        seconds: float | None = pool.timeout()
+        return None if seconds is None or math.isinf(seconds) else seconds
+
+    @property
+    def checked_out(self) -> int:
+        """Connections checked out, connect attempts in progress included, as the pool counts them."""
+        pool = self.pool
+        return pool.checkedout() if isinstance(pool, QueuePool) else len(self._holders)
+
+    @property
+    def holders(self) -> list[Holder]:
+        """The connections that are checked out, oldest first."""
+        with self._lock:
+            return list(self._holders.values())
+
+    @property
+    def waiters(self) -> list[Waiter]:
+        """Who is in the queue for a connection, oldest first."""
+        with self._lock:
+            return [one for one in self._waiters.values() if not one.connecting]
+
+    def verdict(self) -> Verdict:
+        """What the pool suffers from at this moment: deadlock, leaked, saturated or healthy."""
+        return self._judge(self._stuck())
+
+    async def deadlock(self) -> Verdict:
+        """Wait until a deadlock of this pool is proved, and return it."""
+        if self._deadlock is not None:
+            return self._deadlock
+        seen: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._deadlock_seen.append(seen)
+        try:
+            return await seen
+        finally:
+            self._deadlock_seen.remove(seen)
+
+    # What the watched pool reports.
+
+    def _asks(self, who: TaskOrThread, waits: bool) -> Waiter:
+        waiter = Waiter(Owner(who), time.perf_counter(), user_frames())
+        if waits:
+            with self._lock:
+                self._waiters[who] = waiter
+                self._sample()
+            self._check_soon()
+        return waiter
+
+    def _connects(self, who: TaskOrThread) -> None:
+        with self._lock:
+            if waiter := self._waiters.get(who):
+                waiter.connecting = True
+            self._sample()
+
+    def _stops_waiting(self, who: TaskOrThread) -> None:
+        with self._lock:
+            if waiter := self._waiters.pop(who, None):
+                self.longest_wait = max(self.longest_wait, time.perf_counter() - waiter.since)
+                self._sample()
+
+    def _times_out(self) -> None:
+        with self._lock:
+            self.timeouts += 1
+
+    def _takes(self, record: ConnectionPoolEntry, waiter: Waiter, pool: Pool, waited: bool) -> None:
+        holder = Holder(waiter.owner, time.perf_counter(), waiter.frames, pool, waiter.owner)
+        record.info[_HOLDER] = holder
+        with self._lock:
+            self._holders[record] = holder
+            self.served_after_wait += waited
+            self._sample()
+
+    def _gives_back(self, record: ConnectionPoolEntry) -> None:
+        with self._lock:
+            self._holders.pop(record, None)
+            self._deadlock = None  # a connection came back, so the circle is broken
+            self._sample()
+
+    def _executes(
+        self,
+        connection: Connection,
+        cursor: Any,
+        statement: str,
+        parameters: Any,
+        context: Any,
+        many: bool,
+    ) -> None:
+        holder: Holder | None = connection.info.get(_HOLDER)
+        if holder is not None:
+            holder.last_sql = statement
+            who = current()
+            if holder.last_user.subject is not who:
+                holder.last_user = Owner(who)
+
+    def _sample(self) -> None:
+        waiting = sum(not one.connecting for one in self._waiters.values())
+        self.samples.append(Sample(time.perf_counter(), self.checked_out, waiting))
+
+    # The proof.
+
+    def _check_soon(self) -> None:
+        """Look for a deadlock once this step of the event loop is over: by then the askers sleep."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a thread without a loop: it goes to sleep right after this
+            self._check()
+            return
+        if not self._check_due:
+            self._check_due = True
+            loop.call_soon(self._check_on_loop, loop)
+
+    def _check_on_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._check_due = False
+        self._check()
+        # The last holder may fall asleep later, on something that is no pool: look again while anyone waits.
+        if self._waiters and self._deadlock is None:
+            self._check_due = True
+            loop.call_later(_RECHECK_SECONDS, self._check_on_loop, loop)
+
+    def _check(self) -> None:
+        if self._deadlock is not None:
+            return
+        if stuck := self._stuck():
+            with self._lock:
+                self._deadlock = self._judge(stuck)
+                self.deadlocks.append(self._deadlock)
+            for seen in self._deadlock_seen:
+                if not seen.done():
+                    seen.set_result(self._deadlock)
+
+    def _wakers(self) -> set[TaskOrThread] | None:
+        """Who can give a connection of this pool back; None when the pool can serve without them."""
+        pool, capacity = self.pool, self.capacity
+        holders = [one for one in self.holders if one.pool is pool]
+        if capacity is None or len(holders) < capacity:
+            return None
+        wakers: set[TaskOrThread] = set()
+        for holder in holders:
+            # The task that took the connection may have handed it on: either can give it back.
+            for owner in {holder.owner, holder.last_user}:
+                subject = owner.subject
+                if subject is None or not owner.alive:
+                    return None  # nobody owns it: a leak, which the garbage collector may end
+                wakers.add(subject)
+        return wakers
+
+    def _stuck(self) -> set[TaskOrThread]:
+        """The stuck owners of this pool's connections; empty unless all of them are stuck."""
+        wakers = self._wakers()
+        if wakers is None or not self._waiters:
+            return set()
+        pool_wakers: dict[TaskOrThread, set[TaskOrThread]] = {}
+        for scope in list(_scopes):
+            scope_wakers = scope._wakers()
+            if scope_wakers is not None:
+                for who, waiter in list(scope._waiters.items()):
+                    asleep = (
+                        isinstance(who, threading.Thread)
+                        or waitgraph.awaited_future(who) is not None
+                    )
+                    if asleep and not waiter.connecting:
+                        pool_wakers[who] = scope_wakers
+        stuck = waitgraph.stuck(wakers, pool_wakers)
+        return stuck if wakers <= stuck else set()
+
+    def _judge(self, stuck: set[TaskOrThread]) -> Verdict:
+        now = time.perf_counter()
+        with self._lock:
+            waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
+            holders = list(self._holders.values())
+        waiting = {
+            who: Waiting(one.owner.name, now - one.since, tuple(map(place, one.frames)))
+            for who, one in waiters.items()
+        }
+        everyone = {*waiters, *(one.owner.subject for one in holders if one.owner.subject)}
+        holding = []
+        for one in holders:
+            subject = one.owner.subject
+            chain = [] if subject is None else [subject, *_below(subject)]
+            asked = next((waiting[who] for who in chain if who in waiting), None)
+            holding.append(
+                Holding(
+                    owner=one.owner.name,
+                    age=now - one.since,
+                    places=tuple(map(place, one.frames)),
+                    alive=one.owner.alive,
+                    waits=asked,
+                    last_sql=one.last_sql,
+                )
+            )
+        return judge(
+            pool=self.name,
+            at=now,
+            capacity=self.capacity,
+            checked_out=self.checked_out,
+            timeout=self.timeout,
+            holding=tuple(holding),
+            waiting=tuple(waiting.values()),
+            deadlock=bool(stuck),
+            # A task and those that it awaits compete as one.
+            contenders=len(everyone - {below for who in everyone for below in _below(who)}),
+        )
+
+
+def _below(task: TaskOrThread) -> set[TaskOrThread]:
+    """The tasks that a task awaits, and those that they await; none for a thread."""
+    unseen: list[TaskOrThread] = [task]
+    seen: set[TaskOrThread] = set()
+    while unseen:
+        one = unseen.pop()
+        children = waitgraph.awaited_tasks(one) if isinstance(one, asyncio.Task) else set()
+        unseen.extend(children - seen)
+        seen |= children
+    return seen
+
+
+def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
+    """A subclass of a pool's class that tells `scope` what happens to it."""
+
+    class Watched(base):  # type: ignore[misc]
+        def _do_get(self) -> ConnectionPoolEntry:
+            who = current()
+            if who in scope._waiters:  # SQLAlchemy's second attempt within one request
+                return super()._do_get()  # type: ignore[no-any-return]
+            waits = _must_wait(self)
+            waiter = scope._asks(who, waits)
+            try:
+                record: ConnectionPoolEntry = super()._do_get()
+            except PoolTimeoutError:
+                scope._times_out()
+                raise
+            finally:
+                if waits:
+                    scope._stops_waiting(who)
+            if record not in scope._holders:
+                scope._takes(record, waiter, self, waits)
+            return record
+
+        def _create_connection(self) -> ConnectionPoolEntry:
+            scope._connects(current())
+            return super()._create_connection()  # type: ignore[no-any-return]
+
+        def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+            try:
+                super()._do_return_conn(record)
+            finally:
+                scope._gives_back(record)
+
+    return Watched
+
+
+def _must_wait(pool: Any) -> bool:
+    """Whether a request finds neither an idle connection nor room for another."""
+    return (
+        isinstance(pool, QueuePool)
+        and pool._max_overflow > -1
+        and pool._overflow >= pool._max_overflow
+        and pool._pool.empty()
+    )

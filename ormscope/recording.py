@@ -1,0 +1,171 @@
+"""Recording: what `observe` saw of one run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ormscope.pool import Sample
+from ormscope.storm import Request
+from ormscope.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ormscope.picture import Picture
+
+End = Literal["running", "returned", "raised", "fuse", "interrupted", "died"]
+
+
+@dataclass
+class PoolCurve:
+    """One pool over time. `samples` is a step function: each holds until the next; times in seconds from the start."""
+
+    name: str
+    capacity: int | None
+    samples: list[Sample] = field(default_factory=list)
+    deadlocks: list[Verdict] = field(default_factory=list)
+    last: Verdict | None = None
+    timeouts: int = 0
+    served_after_wait: int = 0
+    longest_wait: float = 0.0
+
+    @property
+    def most_checked_out(self) -> int:
+        """The highest point of the curve of connections checked out."""
+        return max((one.checked_out for one in self.samples), default=0)
+
+    @property
+    def most_waiting(self) -> int:
+        """The highest point of the curve of tasks waiting."""
+        return max((one.waiting for one in self.samples), default=0)
+
+    @property
+    def filled_at(self) -> float | None:
+        """When the last free connection was taken for the first time, in seconds; None if that never happened."""
+        times = (one.time for one in self.samples if one.checked_out == self.capacity)
+        return next(times, None)
+
+
+@dataclass
+class Recording:
+    """The curves, events, verdicts and outcomes of one run.
+
+    All times are in seconds since the workload began. `ended` says how the run ended: it returned, it raised,
+    the fuse blew, you interrupted it, or its process died. `result` is what the workload returned.
+    """
+
+    title: str
+    ended: End = "running"
+    seconds: float = 0.0
+    fuse: float = 0.0
+    pools: list[PoolCurve] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    announced: int = 0
+    loop_lag: list[tuple[float, float]] = field(default_factory=list)
+    result: Any = None
+    printed: str = ""
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many requests ended how: "ok", or the name of an exception's class."""
+        return Counter(one.outcome for one in self.requests)
+
+    @property
+    def completed(self) -> int:
+        """How many requests ended well."""
+        return self.outcomes["ok"]
+
+    @property
+    def throughput(self) -> float:
+        """Requests that ended well, per second, from the first start to the last end."""
+        if not self.requests:
+            return 0.0
+        started, ended = (
+            min(one.start for one in self.requests),
+            max(one.end for one in self.requests),
+        )
+        return self.completed / max(ended - started, 1e-9)
+
+    @property
+    def longest_wait(self) -> float:
+        """The longest wait for a connection that ended, with or without one, in seconds."""
+        return max((pool.longest_wait for pool in self.pools), default=0.0)
+
+    @property
+    def slowest(self) -> float:
+        """The longest time that a request took from its start to its end, however it ended, in seconds."""
+        return max((one.end - one.start for one in self.requests), default=0.0)
+
+    @property
+    def timeouts(self) -> int:
+        """How many waits for a connection ended in `sqlalchemy.exc.TimeoutError`."""
+        return sum(pool.timeouts for pool in self.pools)
+
+    @property
+    def deadlocks(self) -> list[Verdict]:
+        """Each deadlock that was proved, in the order of time."""
+        return sorted(
+            (one for pool in self.pools for one in pool.deadlocks), key=lambda one: one.at
+        )
+
+    def verdict(self) -> Verdict:
+        """The verdict on the run: its first deadlock, or else what the worst pool suffered from at the end.
+
+        Raises ValueError where the run used no pool at all.
+        """
+        if self.deadlocks:
+            return self.deadlocks[0]
+        verdicts = [pool.last for pool in self.pools if pool.last is not None]
+        if not verdicts:
+            raise ValueError(
+                f"no verdict: {self.title!r} used no connection pool, or died before it could tell"
+            )
+        order = ("leaked", "saturated", "healthy")
+        return min(verdicts, key=lambda one: order.index(one.cause))
+
+    def summary(self) -> str:
+        """The picture in words: peaks, ends and outcomes, one line each; no times, so every run reads the same."""
+        lines = []
+        for pool in self.pools:
+            limit = "no limit" if pool.capacity is None else str(pool.capacity)
+            final = pool.samples[-1] if pool.samples else Sample(0.0, 0, 0)
+            lines.append(
+                f"{pool.name}: up to {pool.most_checked_out} of {limit} checked out, {final.checked_out} at the end; "
+                f"up to {pool.most_waiting} waiting, {final.waiting} at the end"
+            )
+        if self.announced:
+            failed = "".join(
+                f", {count} {name}" for name, count in sorted(self.outcomes.items()) if name != "ok"
+            )
+            lines.append(f"requests: {self.completed} of {self.announced} completed{failed}")
+        if self.ending:
+            lines.append(self.ending)
+        return "\n".join(lines)
+
+    @property
+    def ending(self) -> str:
+        """How the run ended, in words; empty where the workload simply returned."""
+        return _ENDINGS.get(self.ended, "").format(fuse=self.fuse)
+
+    # matplotlib is imported only by who draws: the observed process does not, and starts sooner without it.
+
+    def plot(self, *others: Recording, titles: Sequence[str] | None = None) -> Picture:
+        """The curves as a picture, side by side with those of other recordings on the same axes."""
+        from ormscope.picture import draw
+
+        return draw(self, *others, titles=titles)
+
+    def plot_waits(self) -> Picture:
+        """The wait-for graph of the first deadlock as a picture; raises ValueError where there was none."""
+        from ormscope.picture import draw_waits
+
+        return draw_waits(self)
+
+
+_ENDINGS = {
+    "raised": "The workload raised an exception.",
+    "fuse": "The fuse ended this run after {fuse:g} s; what it saw until then is in the recording.",
+    "interrupted": "You interrupted this run; what it saw until then is in the recording.",
+    "died": "The process of this run died; what it saw until then is in the recording.",
+}

@@ -1,0 +1,95 @@
+"""storm: many requests at once, and how each of them ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a storm. `start` and `end` are in seconds, at first of `time.perf_counter()`.
+
+    `outcome` is "ok", or the name of the exception's class with its module ("sqlalchemy.exc.TimeoutError");
+    `error` then is the traceback as text.
+    """
+
+    number: int
+    start: float
+    end: float
+    outcome: str
+    error: str = ""
+
+
+class StormLog:
+    """What the storms of this process have done: `announced` requests in all, `ended` not yet collected."""
+
+    def __init__(self) -> None:
+        self.announced = 0
+        self.ended: deque[Request] = deque(maxlen=100_000)
+
+
+log = StormLog()
+
+
+def outcome_of(error: BaseException) -> str:
+    """The name of an exception's class, with its module unless that is builtins."""
+    kind = type(error)
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
+
+
+async def storm(
+    request: Callable[[int], Any], count: int, *, threads: int | None = None
+) -> Counter[str]:
+    """Start `request(0)` … `request(count - 1)` all at once; return how many ended how.
+
+    `request` is an `async def`, and each of them runs as a task. With `threads` it is an ordinary function, and
+    that many of them run at once, each in a thread. An exception ends only its own request, and is counted by
+    the name of its class.
+    """
+    log.announced += count
+    ended: list[Request] = []
+
+    def note(number: int, start: float, error: Exception | None) -> None:
+        outcome = "ok" if error is None else outcome_of(error)
+        text = "" if error is None else "".join(traceback.format_exception(error))
+        ended.append(Request(number, start, time.perf_counter(), outcome, text))
+        log.ended.append(ended[-1])
+
+    async def run_task(number: int) -> None:
+        start, failed = time.perf_counter(), None
+        try:
+            await request(number)
+        except Exception as error:
+            failed = error
+        note(number, start, failed)
+
+    def run_thread(number: int) -> None:
+        start, failed = time.perf_counter(), None
+        try:
+            request(number)
+        except Exception as error:
+            failed = error
+        note(number, start, failed)
+
+    if threads is None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(run_task(number), name=f"request {number}")
+    else:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(threads, thread_name_prefix="thread") as executor:
+            await asyncio.gather(
+                *(loop.run_in_executor(executor, run_thread, number) for number in range(count))
+            )
+    return Counter(one.outcome for one in ended)

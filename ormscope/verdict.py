@@ -1,0 +1,186 @@
+"""What a pool suffers from, in words: the cause, the tasks and source lines, the formula, the smallest fix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ormscope.places import Place
+
+Cause = Literal["healthy", "saturated", "deadlock", "leaked"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Somebody in the queue for a connection: `age` seconds so far, user frames innermost first."""
+
+    owner: str
+    age: float
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Somebody who holds a connection: `age` seconds so far, user frames innermost first.
+
+    `waits` is the queue entry that the holder sits behind, by itself or through tasks that it awaits.
+    """
+
+    owner: str
+    age: float
+    places: tuple[Place, ...]
+    alive: bool
+    waits: Waiting | None
+    last_sql: str | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a pool suffers from. `at` is in seconds on the clock of whoever asked; `str()` is the report.
+
+    The report names counts, places and formula, no times, so that it reads the same in every run.
+    """
+
+    cause: Cause
+    pool: str
+    at: float
+    capacity: int | None
+    checked_out: int
+    timeout: float | None
+    holding: tuple[Holding, ...]
+    waiting: tuple[Waiting, ...]
+    tasks: int
+    depth: int
+
+    @property
+    def needed(self) -> int:
+        """Connections that make hold-and-wait harmless: tasks × (depth - 1) + 1 (HikariCP, "About Pool Sizing")."""
+        return self.tasks * (self.depth - 1) + 1
+
+    def __str__(self) -> str:
+        return "\n".join(_REPORTS[self.cause](self))
+
+
+def judge(
+    *,
+    pool: str,
+    at: float,
+    capacity: int | None,
+    checked_out: int,
+    timeout: float | None,
+    holding: tuple[Holding, ...],
+    waiting: tuple[Waiting, ...],
+    deadlock: bool,
+    contenders: int,
+) -> Verdict:
+    """The verdict on a pool at one moment; `contenders` are the tasks that compete for it."""
+    cause: Cause
+    if deadlock:
+        cause = "deadlock"
+    elif any(not one.alive for one in holding):
+        cause = "leaked"
+    elif waiting:
+        cause = "saturated"
+    else:
+        cause = "healthy"
+    held = Counter(one.owner for one in holding if one.waits is not None)
+    return Verdict(
+        cause=cause,
+        pool=pool,
+        at=at,
+        capacity=capacity,
+        checked_out=checked_out,
+        timeout=timeout,
+        holding=holding,
+        waiting=waiting,
+        tasks=contenders,
+        depth=max(held.values(), default=0) + 1,
+    )
+
+
+def _out_of(verdict: Verdict) -> str:
+    limit = "no limit" if verdict.capacity is None else str(verdict.capacity)
+    return f"{verdict.checked_out} of {limit} checked out, {len(verdict.waiting)} waiting"
+
+
+def _grouped(places: Iterable[Place]) -> list[str]:
+    """One line for each place, the most frequent first, with how many stand there."""
+    counts = Counter(places)
+    width = len(str(max(counts.values(), default=0)))
+    return [
+        f"{count:>{width}} at {one}"
+        for one, count in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
+    ]
+
+
+def _block(title: str, places: Iterable[Place]) -> list[str]:
+    lines = _grouped(places)
+    return [f"  {title if number == 0 else '':<9} {line}" for number, line in enumerate(lines)]
+
+
+_NOWHERE = Place("outside the user's code", 0, "")
+
+
+def _innermost(places: tuple[Place, ...]) -> Place:
+    return places[0] if places else _NOWHERE
+
+
+def _deadlock_report(verdict: Verdict) -> list[str]:
+    stuck = [one for one in verdict.holding if one.waits is not None]
+    behind = [one.waits for one in stuck if one.waits is not None]
+    queue = [one for one in verdict.waiting if one not in behind]
+    holds, asks = _innermost(stuck[0].places), _innermost(behind[0].places)
+    ends = (
+        "never: pool_timeout is None"
+        if verdict.timeout is None
+        else f"when pool_timeout ({verdict.timeout:g} s) makes a waiter give up, and not before"
+    )
+    return [
+        f"DEADLOCK in {verdict.pool} (hold-and-wait): {_out_of(verdict)}",
+        "Every connection is held by a task that waits for another connection of the same pool.",
+        *_block("held", (_innermost(one.places) for one in stuck)),
+        *_block("they ask", (_innermost(one.places) for one in behind)),
+        *_block("in line", (_innermost(one.places) for one in queue)),
+        f"  {'ends':<9} {ends}",
+        f"  {'formula':<9} {verdict.tasks} tasks × ({verdict.depth} - 1) + 1 = {verdict.needed} connections"
+        f" would be enough; there are {verdict.capacity}",
+        f"  {'fix':<9} {_smallest_fix(holds, asks)}",
+    ]
+
+
+def _smallest_fix(holds: Place, asks: Place) -> str:
+    if holds.function == asks.function:
+        return f"{holds.function}: use the connection it holds (line {holds.line}) also at line {asks.line}"
+    return f"hand the session that {holds.function} holds on to {asks.function}, or finish with it first"
+
+
+def _leaked_report(verdict: Verdict) -> list[str]:
+    lost = [one for one in verdict.holding if not one.alive]
+    return [
+        f"LEAKED in {verdict.pool}: {_out_of(verdict)}",
+        f"{len(lost)} checked out by tasks that have ended; nobody is left to give them back.",
+        *_block("taken", (_innermost(one.places) for one in lost)),
+        f"  {'fix':<9} close the session in the task that opened it (async with, or remove() for a scoped session)",
+    ]
+
+
+def _saturated_report(verdict: Verdict) -> list[str]:
+    return [
+        f"SATURATED {verdict.pool} (busy, but moving): {_out_of(verdict)}",
+        *_block("held", (_innermost(one.places) for one in verdict.holding)),
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+    ]
+
+
+def _healthy_report(verdict: Verdict) -> list[str]:
+    return [f"HEALTHY {verdict.pool}: {_out_of(verdict)}"]
+
+
+_REPORTS = {
+    "deadlock": _deadlock_report,
+    "leaked": _leaked_report,
+    "saturated": _saturated_report,
+    "healthy": _healthy_report,
+}

@@ -1,0 +1,91 @@
+"""The wait-for graph: who can only go on after whom.
+
+A deadlock is proved from it, not guessed from a timeout: a task is *stuck* when every task that
+could wake it is stuck. A task that waits for a pool is woken by any holder of a connection of that
+pool; a task that awaits other tasks is woken by them. Whoever waits for something else (a socket,
+a timer, an Event) can be woken from outside, so is never called stuck.
+
+Limits: a task that waits for a Lock, Event, Semaphore or Queue, or behind `asyncio.shield`, has no
+edge, because asyncio does not record who will release it. A deadlock through one of those is not
+found; none is ever invented.
+
+asyncio has no public way to ask what a task awaits before Python 3.14, so this module reads
+`Task._fut_waiter`, `_GatheringFuture._children` and `TaskGroup._tasks`. They are read nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ormscope.owners import TaskOrThread
+
+
+def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """The future that a suspended task sleeps on; None when it is about to run."""
+    future: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
+    return None if future is None or future.done() else future
+
+
+def awaited_tasks(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
+    """The unfinished tasks that `task` awaits: directly, by gather, TaskGroup, wait or wait_for."""
+    future = awaited_future(task)
+    if future is None:
+        return set()
+    if isinstance(future, asyncio.Task):
+        return {future}
+    awaited: Iterable[Any] = getattr(future, "_children", ())  # asyncio.gather
+    if not awaited:
+        awaited = _awaited_by_frames(task)
+    return {one for one in awaited if isinstance(one, asyncio.Task) and not one.done()}
+
+
+def _awaited_by_frames(task: asyncio.Task[Any]) -> Iterable[Any]:
+    """Tasks that a library function on the task's await chain waits for by a future of its own."""
+    step: Any = task.get_coro()
+    while step is not None:
+        frame = getattr(step, "cr_frame", None)
+        if frame is not None:
+            name = frame.f_code.co_name
+            if name in ("__aexit__", "_aexit"):  # asyncio.TaskGroup, and anyio's
+                tasks = getattr(frame.f_locals.get("self"), "_tasks", None)
+                if isinstance(tasks, set):
+                    return set(tasks)
+            elif frame.f_code.co_filename == asyncio.tasks.__file__:
+                if name == "_wait":
+                    return set(frame.f_locals["fs"])
+                if name == "wait_for":
+                    return {frame.f_locals["fut"]}
+        step = getattr(step, "cr_await", None)
+    return ()
+
+
+def stuck(
+    starts: Iterable[TaskOrThread], pool_wakers: Mapping[TaskOrThread, set[TaskOrThread]]
+) -> set[TaskOrThread]:
+    """The tasks and threads, of `starts` and those that they wait for, that nothing but each other can wake.
+
+    `pool_wakers` has an entry for each task or thread that sleeps in a full pool's queue: the holders
+    of that pool's connections.
+    """
+    wakers: dict[TaskOrThread, set[TaskOrThread]] = {}
+    unseen = list(starts)
+    while unseen:
+        one = unseen.pop()
+        if one in wakers:
+            continue
+        if one in pool_wakers:
+            wakers[one] = pool_wakers[one]
+            unseen.extend(pool_wakers[one])
+        elif isinstance(one, asyncio.Task):
+            tasks = awaited_tasks(one)
+            wakers[one] = set(tasks)
+            unseen.extend(tasks)
+        else:
+            wakers[one] = set()
+    # The greatest fixed point: believe all of them stuck, then free whoever can be woken by one that is not.
+    candidates = {one for one, by in wakers.items() if by}
+    while free := {one for one in candidates if not wakers[one] <= candidates}:
+        candidates -= free
+    return candidates

@@ -1,0 +1,37 @@
+"""What several test files need: a place of their own on the disk, and one running database."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workshop.database import Server, start_server
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Path]:
+    """A folder with `tmp` and `cache` in it, whose name has whatever names should not have.
+
+    Not pytest's tmp_path: a server that root starts runs as another user, who cannot enter that.
+    """
+    top = Path(tempfile.mkdtemp(prefix="workshop-test-"))
+    top.chmod(0o755)
+    unkind = "it's a näme" if os.name == "nt" else 'it\'s a "näme" with $HOME `and` \\ more'
+    folder = top / unkind
+    for part in ("tmp", "cache"):
+        (folder / part).mkdir(parents=True)
+    yield folder
+    shutil.rmtree(top)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One private database for all tests that change nothing in it."""
+    running = start_server()
+    yield running
+    running.stop()

@@ -1,0 +1,331 @@
+"""lab.py as its users meet it: run in copies of the checkout, each with its own environment."""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Runs lab.py after a line of Python that makes the machine look different.
+RUN_LAB = "import os, runpy, shutil, sys; {}; runpy.run_path('lab.py', run_name='__main__')"
+
+
+class Lab:
+    """A copy of the checkout, in a folder with a space and an umlaut."""
+
+    def __init__(self, parent: Path) -> None:
+        self.folder = parent / "Übung eins"
+        ignored = shutil.ignore_patterns(".venv", ".git", ".*_cache", "__pycache__", "executed")
+        shutil.copytree(ROOT, self.folder, ignore=ignored)
+        self.venv = self.folder / ".venv"
+        self.lock = self.folder / "requirements.lock"
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
+            "LAB_UNDER_TEST": str(parent),  # by which each of its processes is found
+            "JUPYTER_CONFIG_DIR": str(parent / "jupyter"),
+        }
+
+    def start(
+        self, *arguments: str, pretend: str = "", prefix: tuple[str, ...] = (), **environ: str
+    ) -> subprocess.Popen[str]:
+        script = ["-c", RUN_LAB.format(pretend)] if pretend else ["lab.py"]
+        return subprocess.Popen(
+            [*prefix, sys.executable, *script, *arguments],
+            cwd=self.folder,
+            env=self.environ | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(
+        self, *arguments: str, pretend: str = "", prefix: tuple[str, ...] = (), **environ: str
+    ) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        process = self.start(*arguments, pretend=pretend, prefix=prefix, **environ)
+        try:
+            output, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return process.returncode, output, errors
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("LAB_UNDER_TEST") == self.environ["LAB_UNDER_TEST"]:
+                    found.append(process)
+            except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue  # not one of ours, or gone
+        return found
+
+    def assert_nothing_runs(self) -> None:
+        deadline = time.monotonic() + 5
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left == []
+
+    def remove(self) -> None:
+        """Stop what a failed test left running, and free the disk that the environment takes."""
+        for process in self.processes():
+            process.kill()
+        shutil.rmtree(self.folder)
+
+    def assert_nothing_left(self) -> None:
+        self.assert_nothing_runs()
+        assert not self.venv.exists()
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A fresh copy."""
+    lab = Lab(tmp_path)
+    yield lab
+    lab.remove()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A copy that is set up."""
+    lab = Lab(tmp_path_factory.mktemp("installed"))
+    status, _, errors = lab.run("test", "--version")
+    assert (status, errors) == (0, "")
+    yield lab
+    lab.remove()
+
+
+def one_line(result: tuple[int, str, str]) -> str:
+    """The one line of a failure, which is no traceback."""
+    status, output, errors = result
+    assert status == 1, output + errors
+    assert "Traceback" not in output + errors
+    (line,) = errors.splitlines()
+    return line
+
+
+def listens(process: subprocess.Popen[str], port: int) -> None:
+    """Wait until JupyterLab answers."""
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail("".join(process.communicate()))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 8, 10), (3, 10, 0), (3, 15, 0), (4, 0, 0)])
+def test_other_pythons_are_told_in_one_line(version: tuple[int, ...], lab: Lab) -> None:
+    line = one_line(lab.run(pretend=f"sys.version_info = {(*version, 'final', 0)}"))
+    assert f"Python {version[0]}.{version[1]} found; 3.11 to 3.14 wanted" in line
+    lab.assert_nothing_left()
+
+
+def test_python_36_can_read_lab() -> None:
+    ast.parse((ROOT / "lab.py").read_text(), feature_version=(3, 6))
+    for python in Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python"):
+        result = subprocess.run([python, ROOT / "lab.py"], capture_output=True, text=True)
+        assert result.stderr.startswith("lab.py: Python 3.")
+        assert result.returncode == 1
+
+
+def test_the_supported_pythons_are_those_of_pyproject() -> None:
+    bounds = re.search(r'requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())
+    assert bounds and bounds[1] == ">=3.11,<3.15"
+    assert "OLDEST, NEWEST = (3, 11), (3, 14)" in (ROOT / "lab.py").read_text()
+
+
+def test_unknown_command(lab: Lab) -> None:
+    assert "no command 'tset'; there are test, run," in one_line(lab.run("tset"))
+    lab.assert_nothing_left()
+
+
+def test_help(lab: Lab) -> None:
+    status, output, _ = lab.run("--help")
+    assert status == 0
+    assert "python3 lab.py test" in output
+    lab.assert_nothing_left()
+
+
+@pytest.mark.parametrize("missing", ["venv", "ensurepip"])
+def test_python_without_venv(missing: str, lab: Lab) -> None:
+    pretend = f"sys.modules[{missing!r}] = None; os.environ['PATH'] = ''"
+    assert "apt install python3-venv" in one_line(lab.run(pretend=pretend))
+    lab.assert_nothing_left()
+
+
+def test_too_little_disk(lab: Lab) -> None:
+    pretend = "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(0, 0, 3 * 10**8)"
+    line = one_line(lab.run(pretend=pretend))
+    assert "1.2 GB of free disk wanted, 0.3 GB found" in line
+    lab.assert_nothing_left()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a Windows folder has no read-only bit")
+def test_read_only_checkout(lab: Lab) -> None:
+    # root may write everywhere, unless it gives up that right.
+    prefix = ("setpriv", "--bounding-set", "-dac_override") if os.geteuid() == 0 else ()
+    lab.folder.chmod(0o555)
+    line = one_line(lab.run(prefix=prefix))
+    lab.folder.chmod(0o755)
+    assert "cannot write .venv" in line
+    assert "copy of this folder" in line
+    lab.assert_nothing_left()
+
+
+def test_lock_that_does_not_match(lab: Lab) -> None:
+    text = lab.lock.read_text()
+    start = text.index("cloudpickle==")
+    end = text.index("    # via", start)
+    wrong = re.sub(r"(sha256:\w{56})\w{8}", r"\g<1>00000000", text[start:end])
+    lab.lock.write_text(text[:start] + wrong + text[end:])
+    line = one_line(lab.run())
+    assert "requirements.lock does not match the packages" in line
+    assert "Hash mismatch for `cloudpickle==" in line
+    lab.assert_nothing_left()
+
+
+@pytest.mark.parametrize("kept", [0, 5_000, 100_000])
+def test_lock_that_is_cut_short(kept: int, lab: Lab) -> None:
+    lab.lock.write_text(lab.lock.read_text()[:kept])
+    assert "git checkout requirements.lock" in one_line(lab.run())
+    lab.assert_nothing_left()
+
+
+def test_lock_that_is_missing(lab: Lab) -> None:
+    lab.lock.unlink()
+    assert "requirements.lock" in one_line(lab.run())
+    lab.assert_nothing_left()
+
+
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_no_network(has_uv: bool, lab: Lab) -> None:
+    index = f"http://127.0.0.1:{free_port()}/simple"
+    environ = {"UV_DEFAULT_INDEX": index, "PIP_INDEX_URL": index, "UV_HTTP_RETRIES": "0"}
+    if not has_uv:
+        environ |= {"PATH": "", "PIP_RETRIES": "0"}
+    line = one_line(lab.run(**environ, UV_CACHE_DIR=str(lab.folder.parent / "cache")))
+    assert "connect to the network and start again" in line
+    lab.assert_nothing_left()
+
+
+@pytest.fixture
+def silent_index() -> Iterator[str]:
+    """A package index that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/simple"
+
+
+def start_and_hang(lab: Lab, index: str) -> subprocess.Popen[str]:
+    process = lab.start(UV_DEFAULT_INDEX=index, UV_CACHE_DIR=str(lab.folder.parent / "cache"))
+    while not any("sync" in child.cmdline() for child in psutil.Process(process.pid).children()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to_group", [True, False], ids=["from the terminal", "to lab.py alone"])
+def test_interrupted_set_up_leaves_nothing(
+    number: signal.Signals, to_group: bool, lab: Lab, silent_index: str
+) -> None:
+    process = start_and_hang(lab, silent_index)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + number, "")
+    lab.assert_nothing_left()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_killed_set_up_is_not_trusted(lab: Lab, silent_index: str) -> None:
+    process = start_and_hang(lab, silent_index)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert lab.venv.exists()
+    (lab.venv / "half-made").touch()
+    status, output, errors = lab.run("test", "--version")
+    assert (status, errors) == (0, "")
+    assert "Setting up" in output
+    assert not (lab.venv / "half-made").exists()
+
+
+def test_another_lock_asks_for_another_environment(lab: Lab) -> None:
+    assert "Setting up" in lab.run("test", "--version")[1]
+    assert "Setting up" not in lab.run("test", "--version")[1]
+    lab.lock.write_text(lab.lock.read_text() + "# another\n")
+    assert "Setting up" in lab.run("test", "--version")[1]
+
+
+def test_without_uv(lab: Lab) -> None:
+    status, output, errors = lab.run("test", "--version", PATH="")
+    assert (status, errors) == (0, "")
+    assert "pytest 9" in output
+
+
+def test_test_passes_options_and_exit_status_on(installed: Lab) -> None:
+    assert "pytest 9" in installed.run("test", "--version")[1]
+    assert installed.run("test", "--no-such-option")[0] == pytest.ExitCode.USAGE_ERROR
+
+
+def test_packages_of_the_checkout_are_importable_from_anywhere(installed: Lab) -> None:
+    python = installed.venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = "import ormscope, workshop; print(ormscope.__file__, workshop.__file__, sep='\\n')"
+    result = subprocess.run([python, "-c", code], cwd="/", capture_output=True, encoding="utf-8")
+    assert result.stdout.splitlines() == [
+        str(installed.folder / package / "__init__.py") for package in ["ormscope", "workshop"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "no url at all",
+        "postgresql+asyncpg://nobody@127.0.0.1:1/none",
+        "postgresql+psycopg2://nobody@127.0.0.1/none",
+    ],
+    ids=["malformed", "refuses", "another driver"],
+)
+def test_database_url_mistakes(url: str, installed: Lab) -> None:
+    line = one_line(installed.run("--no-browser", DATABASE_URL=url))
+    assert "DATABASE_URL" in line
+    installed.assert_nothing_runs()
+
+
+def start_jupyterlab(lab: Lab) -> float:
+    """Seconds from the command to a JupyterLab that answers; it is stopped again."""
+    port = free_port()
+    started = time.monotonic()
+    process = lab.start("--no-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0")
+    listens(process, port)
+    seconds = time.monotonic() - started
+    process.terminate()
+    _, errors = process.communicate(timeout=15)
+    assert "/lab/tree/notebooks/00_start_here.ipynb?token=" in errors
+    lab.assert_nothing_runs()
+    return seconds
+
+
+def test_second_start_takes_under_five_seconds(lab: Lab) -> None:
+    start_jupyterlab(lab)
+    assert lab.venv.exists()
+    # A busy machine may slow one start down, hardly three.
+    assert any(start_jupyterlab(lab) < 5 for _ in range(3))

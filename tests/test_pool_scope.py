@@ -1,0 +1,471 @@
+"""PoolScope on the real server, and on file SQLite: who holds, who waits, and what is a deadlock."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+
+from ormscope import PoolScope, storm
+from workshop.database import Server
+
+SELECT = text("select 1")
+PATIENCE = 20  # seconds; only a broken instrument takes so long
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
+    """A real PostgreSQL, then a SQLite file: the same pool class, another driver."""
+    if request.param == "postgresql":
+        return server.url
+    return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run a test's coroutine, but not for ever."""
+    return asyncio.run(asyncio.wait_for(main, PATIENCE))
+
+
+async def price_of(engine: AsyncEngine) -> None:
+    async with engine.connect() as inner:
+        await inner.execute(SELECT)
+
+
+# Ways for a task that holds a connection to wait for one that another line asks for.
+
+
+async def directly(engine: AsyncEngine) -> None:
+    await price_of(engine)
+
+
+async def through_gather(engine: AsyncEngine) -> None:
+    await asyncio.gather(price_of(engine), price_of(engine))
+
+
+async def through_task_group(engine: AsyncEngine) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(price_of(engine))
+
+
+async def through_a_task(engine: AsyncEngine) -> None:
+    await asyncio.create_task(price_of(engine))
+
+
+async def through_wait(engine: AsyncEngine) -> None:
+    await asyncio.wait({asyncio.create_task(price_of(engine))})
+
+
+async def through_wait_for(engine: AsyncEngine) -> None:
+    await asyncio.wait_for(price_of(engine), 60)
+
+
+async def through_two_levels(engine: AsyncEngine) -> None:
+    await asyncio.gather(through_task_group(engine))
+
+
+WAYS = (
+    directly,
+    through_gather,
+    through_task_group,
+    through_a_task,
+    through_wait,
+    through_wait_for,
+    through_two_levels,
+)
+
+
+async def hold_and_ask(
+    engine: AsyncEngine,
+    way: Callable[[AsyncEngine], Coroutine[Any, Any, None]],
+    meet: asyncio.Barrier,
+) -> None:
+    async with engine.connect() as outer:
+        await outer.execute(SELECT)
+        await meet.wait()
+        await way(engine)
+
+
+async def cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_deadlock_is_proved_however_the_holder_waits(
+    url: str, way: Callable[[AsyncEngine], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=3, max_overflow=0, pool_timeout=None)
+        scope, meet = PoolScope(engine), asyncio.Barrier(3)
+        holders = [
+            asyncio.create_task(hold_and_ask(engine, way, meet), name=f"order {n}")
+            for n in range(3)
+        ]
+        verdict = await scope.deadlock()
+        assert verdict.cause == "deadlock"
+        assert verdict.checked_out == verdict.capacity == 3
+        assert {one.owner for one in verdict.holding} == {"order 0", "order 1", "order 2"}
+        assert {one.places[0].function for one in verdict.holding} == {"hold_and_ask"}
+        assert {one.places[0].text for one in verdict.holding} == {
+            "async with engine.connect() as outer:"
+        }
+        assert {one.waits.places[0].text for one in verdict.holding if one.waits} == {
+            "async with engine.connect() as inner:"
+        }
+        assert (verdict.tasks, verdict.depth, verdict.needed) == (3, 2, 4)
+        assert "never: pool_timeout is None" in str(verdict)
+        await cancelled(*holders)
+        assert scope.verdict().cause == "healthy"
+        await engine.dispose()
+
+    run(main())
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_one_connection_more_and_there_is_no_deadlock(
+    url: str, way: Callable[[AsyncEngine], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=4, max_overflow=0, pool_timeout=None)
+        scope, meet = PoolScope(engine), asyncio.Barrier(3)
+        await asyncio.gather(*(hold_and_ask(engine, way, meet) for _ in range(3)))
+        assert scope.deadlocks == []
+        assert scope.checked_out == 0
+        await engine.dispose()
+
+    run(main())
+
+
+def test_a_holder_that_waits_for_the_database_is_no_deadlock(server: Server) -> None:
+    """The pool is full and a task waits, but PostgreSQL will answer the holder."""
+
+    async def main() -> None:
+        engine = create_async_engine(server.url, pool_size=2, max_overflow=0)
+        scope = PoolScope(engine)
+
+        async def slow() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(text("select pg_sleep(0.3)"))
+
+        tasks = [asyncio.create_task(slow()) for _ in range(4)]
+        while (
+            len(scope.waiters) < 2
+            or [one.last_sql for one in scope.holders] != ["select pg_sleep(0.3)"] * 2
+        ):
+            await asyncio.sleep(0.01)
+        assert scope.verdict().cause == "saturated"
+        assert {one.places[0].text for one in scope.verdict().holding} == {
+            "async with engine.connect() as connection:"
+        }
+        await asyncio.gather(*tasks)
+        assert scope.deadlocks == []
+        await engine.dispose()
+
+    run(main())
+
+
+def test_a_holder_that_somebody_outside_can_wake_is_no_deadlock(url: str) -> None:
+    """One of two holders sleeps on an Event: whoever sets it is not known, so nothing is proved."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0)
+        scope, meet, event = PoolScope(engine), asyncio.Barrier(2), asyncio.Event()
+
+        async def on_event(engine: AsyncEngine) -> None:
+            await event.wait()
+
+        tasks = [
+            asyncio.create_task(hold_and_ask(engine, on_event, meet)),
+            asyncio.create_task(hold_and_ask(engine, directly, meet)),
+        ]
+        while not scope.waiters:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # several of the scope's own looks
+        assert scope.deadlocks == []
+        event.set()
+        await asyncio.gather(*tasks)
+        await engine.dispose()
+
+    run(main())
+
+
+def test_deadlock_that_closes_late_is_found(url: str) -> None:
+    """The last holder falls asleep on a task, not on the pool, after everybody else has been waiting a while."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=None)
+        scope, meet, event = PoolScope(engine), asyncio.Barrier(2), asyncio.Event()
+
+        async def late(engine: AsyncEngine) -> None:
+            child = asyncio.create_task(price_of(engine))
+            await event.wait()
+            await child
+
+        tasks = [
+            asyncio.create_task(hold_and_ask(engine, late, meet)),
+            asyncio.create_task(hold_and_ask(engine, directly, meet)),
+        ]
+        while len(scope.waiters) < 2:
+            await asyncio.sleep(0.01)
+        assert scope.deadlocks == []
+        event.set()
+        assert (await scope.deadlock()).cause == "deadlock"
+        await cancelled(*tasks)
+        await engine.dispose()
+
+    run(main())
+
+
+def test_connection_handed_on_to_a_running_task_is_no_deadlock(url: str) -> None:
+    """The task that took the connection waits, but another one uses it and will give it back."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        scope, release = PoolScope(engine), asyncio.Event()
+        connection = await engine.connect()
+
+        async def use() -> None:
+            await connection.execute(SELECT)
+            await release.wait()
+            await connection.close()
+
+        user = asyncio.create_task(use())
+        while scope.holders[0].last_user.subject is not user:
+            await asyncio.sleep(0.01)
+        asker = asyncio.create_task(price_of(engine))
+        asyncio.get_running_loop().call_later(0.2, release.set)
+        await asker
+        await user
+        assert scope.deadlocks == []
+        await engine.dispose()
+
+    run(main())
+
+
+def test_deadlock_across_two_pools(url: str, tmp_path: Path) -> None:
+    """Orders hold A and ask B, refunds hold B and ask A: each pool alone looks merely busy."""
+
+    async def main() -> None:
+        a = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        b = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        scopes, meet = (PoolScope(a, "a"), PoolScope(b, "b")), asyncio.Barrier(2)
+
+        async def hold_one_ask_other(one: AsyncEngine, other: AsyncEngine) -> None:
+            async with one.connect():
+                await meet.wait()
+                await price_of(other)
+
+        tasks = [
+            asyncio.create_task(hold_one_ask_other(a, b)),
+            asyncio.create_task(hold_one_ask_other(b, a)),
+        ]
+        found = await asyncio.gather(*(scope.deadlock() for scope in scopes))
+        assert [one.cause for one in found] == ["deadlock", "deadlock"]
+        await cancelled(*tasks)
+        await a.dispose()
+        await b.dispose()
+
+    run(main())
+
+
+def test_timeout_ends_a_deadlock_and_the_pool_looks_healthy(url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=0.3)
+        scope, meet = PoolScope(engine), asyncio.Barrier(2)
+        outcomes = await asyncio.gather(
+            *(hold_and_ask(engine, directly, meet) for _ in range(2)), return_exceptions=True
+        )
+        failed = [one for one in outcomes if isinstance(one, PoolTimeoutError)]
+        assert failed and scope.timeouts == len(failed)
+        assert len(scope.deadlocks) == 1
+        assert "pool_timeout (0.3 s)" in str(scope.deadlocks[0])
+        assert scope.verdict().cause == "healthy"
+        assert (scope.checked_out, scope.waiters, scope.holders) == (0, [], [])
+        assert scope.longest_wait >= 0.25
+        await engine.dispose()
+
+    run(main())
+
+
+def test_connection_of_a_task_that_has_ended_is_leaked(url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0)
+        scope, kept = PoolScope(engine), []
+
+        async def forget() -> None:
+            connection = await engine.connect()
+            await connection.execute(SELECT)
+            kept.append(connection)
+
+        await asyncio.create_task(forget())
+        waiter = asyncio.create_task(price_of(engine))
+        while not scope.waiters:
+            await asyncio.sleep(0.01)
+        verdict = scope.verdict()
+        assert verdict.cause == "leaked"
+        assert verdict.holding[0].places[0].function.endswith("forget")
+        await kept.pop().close()
+        await waiter
+        assert scope.deadlocks == []
+        await engine.dispose()
+
+    run(main())
+
+
+def test_the_scope_keeps_no_task_alive(url: str) -> None:
+    """An instrument that pinned its tasks would pin their frames, and cause the leak it looks for."""
+
+    async def main() -> None:
+        engine = create_async_engine(url)
+        scope, kept = PoolScope(engine), []
+
+        async def forget() -> None:
+            kept.append(await engine.connect())
+
+        await asyncio.create_task(forget())
+        await asyncio.sleep(0)  # until then the loop itself holds on to the task that woke this one
+        gc.collect()
+        assert scope.holders[0].owner.subject is None
+        await kept.pop().close()
+        await engine.dispose()
+
+    run(main())
+
+
+def test_curve_has_every_change(url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=1)
+        scope = PoolScope(engine)
+        async with engine.connect(), engine.connect(), engine.connect():
+            waiter = asyncio.create_task(price_of(engine))
+            while not scope.waiters:
+                await asyncio.sleep(0.01)
+        await waiter
+        assert scope.capacity == 3
+        assert max(one.checked_out for one in scope.samples) == 3
+        assert max(one.waiting for one in scope.samples) == 1
+        assert scope.samples[-1].checked_out == scope.samples[-1].waiting == 0
+        times = [one.time for one in scope.samples]
+        assert times == sorted(times)
+        assert scope.served_after_wait == 1
+        await engine.dispose()
+
+    run(main())
+
+
+def test_a_disposed_engine_goes_on_being_watched(url: str) -> None:
+    """`dispose()` gives the engine a new pool; a gauge on the old one would be wrong for ever."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0)
+        scope = PoolScope(engine)
+        async with engine.connect():
+            await engine.dispose()
+            assert scope.checked_out == 0
+            async with engine.connect():
+                assert scope.checked_out == 1
+        await engine.dispose()
+        assert scope.checked_out == 0
+
+    run(main())
+
+
+def test_close_gives_the_pool_its_class_back(url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url)
+        before = type(engine.pool)
+        scope = PoolScope(engine)
+        assert type(engine.pool) is not before and isinstance(engine.pool, AsyncAdaptedQueuePool)
+        scope.close()
+        scope.close()
+        assert type(engine.pool) is before
+        async with engine.connect():
+            assert scope.holders == []
+        await engine.dispose()
+
+    run(main())
+
+
+def test_pools_without_a_limit_never_wait(url: str) -> None:
+    async def main() -> None:
+        for options in ({"poolclass": NullPool}, {"max_overflow": -1}, {"pool_size": 0}):
+            engine = create_async_engine(url, **options)
+            scope, meet = PoolScope(engine), asyncio.Barrier(4)
+            await asyncio.gather(*(hold_and_ask(engine, directly, meet) for _ in range(4)))
+            assert scope.capacity is None
+            assert max(one.checked_out for one in scope.samples) >= 4
+            assert (scope.checked_out, scope.deadlocks, scope.served_after_wait) == (0, [], 0)
+            await engine.dispose()
+
+    run(main())
+
+
+@pytest.mark.parametrize("threads, deadlocks", [(3, False), (4, True)])
+def test_threads_on_a_synchronous_pool(server: Server, threads: int, deadlocks: bool) -> None:
+    """Four connections: three threads that nest pass, four do not, exactly as tasks."""
+    engine = create_engine(
+        server.url.replace("asyncpg", "psycopg"), pool_size=4, max_overflow=0, pool_timeout=1
+    )
+    scope, meet = PoolScope(engine), threading.Barrier(threads)
+
+    def hold_and_ask_in_thread(number: int) -> None:
+        with engine.connect() as outer:
+            outer.execute(SELECT)
+            meet.wait(PATIENCE)
+            with engine.connect() as inner:
+                inner.execute(SELECT)
+
+    run(storm(hold_and_ask_in_thread, threads, threads=threads))
+    assert len(scope.deadlocks) == deadlocks
+    if deadlocks:
+        assert {
+            one.places[0].function.rpartition(".")[2] for one in scope.deadlocks[0].holding
+        } == {"hold_and_ask_in_thread"}
+    engine.dispose()
+
+
+def test_no_false_deadlock_in_busy_storms(server: Server) -> None:
+    """Random storms on small pools that are always full, with gather, errors and cancellations, but never nested."""
+
+    async def main() -> None:
+        dice = random.Random(1)
+        for _ in range(15):
+            engine = create_async_engine(
+                server.url,
+                pool_size=dice.randint(1, 3),
+                max_overflow=dice.randint(0, 2),
+                pool_timeout=PATIENCE,
+            )
+            scope = PoolScope(engine)
+
+            async def work(number: int, engine: AsyncEngine = engine) -> None:
+                async with engine.connect() as connection:
+                    await connection.execute(SELECT)
+                    if dice.random() < 0.3:
+                        await asyncio.sleep(dice.random() / 50)
+                    if dice.random() < 0.1:
+                        raise RuntimeError("as it happens")
+                await asyncio.gather(price_of(engine), price_of(engine))
+
+            tasks = [asyncio.create_task(work(number)) for number in range(40)]
+            await asyncio.sleep(0.02)
+            for task in dice.sample(tasks, 5):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert scope.deadlocks == []
+            assert scope.checked_out == 0
+            assert scope.served_after_wait > 0, "a storm in which nobody waits proves nothing"
+            await engine.dispose()
+
+    run(main())

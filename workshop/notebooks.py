@@ -1,0 +1,152 @@
+"""Run the lessons without a browser: `python3 lab.py run [NN …]` and `python3 lab.py refresh [NN …]`.
+
+`run` saves executed copies and their pictures below `executed/`; `refresh` stores the outputs in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+
+from workshop.mistake import Mistake
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("notebooks", "exercises", "solutions")
+EXECUTED = ROOT / "executed"
+CELL_TIMEOUT = 120  # seconds; the longest cell of the lessons takes a tenth of it
+
+
+class CellFailed(Mistake):
+    """A cell of a notebook failed; the message names it."""
+
+
+def lessons(numbers: list[str]) -> list[Path]:
+    """The lessons with these numbers ("1" or "01"), or all; raises Mistake for a number that is none."""
+    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not numbers:
+        return paths
+    known = {path.name[:2]: path for path in paths}
+    unknown = [number for number in numbers if number.zfill(2) not in known]
+    if unknown:
+        raise Mistake(f"There is no lesson {', '.join(unknown)}; there are {', '.join(known)}.")
+    return [known[number.zfill(2)] for number in numbers]
+
+
+def execute(
+    path: Path, report: Callable[[int, int, NotebookNode, float], None] | None = None
+) -> NotebookNode:
+    """The notebook at `path`, executed from the first cell to the last in a fresh kernel.
+
+    `report` is called after each code cell with its number, how many there are, the cell, and the seconds
+    that it took. Raises CellFailed when a cell raises, lasts longer than two minutes, or ends the kernel.
+    """
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    started = time.monotonic()
+
+    def executing(cell: NotebookNode, cell_index: int) -> None:
+        nonlocal started
+        started = time.monotonic()
+
+    def executed(cell: NotebookNode, cell_index: int, execute_reply: dict[str, object]) -> None:
+        if report is not None:
+            report(code.index(cell_index) + 1, len(code), cell, time.monotonic() - started)
+
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        kernel_name=NATIVE_KERNEL_NAME,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_execute=executing,
+        on_cell_executed=executed,
+        record_timing=False,
+        coalesce_streams=True,
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise CellFailed(f"{path.name}: a cell failed: {error.ename}: {error.evalue}") from error
+    except CellTimeoutError as error:
+        raise CellFailed(f"{path.name}: a cell did not end within {CELL_TIMEOUT} s.") from error
+    except DeadKernelError as error:
+        raise CellFailed(f"{path.name}: the kernel died.") from error
+    notebook.metadata = NotebookNode(
+        kernelspec={
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": NATIVE_KERNEL_NAME,
+        },
+        language_info={"name": "python"},
+    )
+    return notebook
+
+
+def texts(cell: NotebookNode) -> str:
+    """What a cell printed on standard output."""
+    return "".join(
+        one.text for one in cell.outputs if one.output_type == "stream" and one.name == "stdout"
+    )
+
+
+def pictures(cell: NotebookNode) -> Iterator[bytes]:
+    """The PNG files that a cell displayed."""
+    for output in cell.outputs:
+        if png := output.get("data", {}).get("image/png"):
+            yield base64.b64decode(png)
+
+
+def run(path: Path) -> None:
+    """Execute one lesson; print a line for each cell and the verdicts; save the copy and its pictures."""
+    target = EXECUTED / path.name
+    target.parent.mkdir(exist_ok=True)
+
+    def report(number: int, count: int, cell: NotebookNode, seconds: float) -> None:
+        print(f"{path.stem}  cell {number:>2} of {count}  {seconds:5.1f} s", flush=True)
+        if "verdict" in cell.metadata.get("tags", []):
+            print("".join(f"    {line}\n" for line in texts(cell).splitlines()), end="", flush=True)
+        for which, png in enumerate(pictures(cell), 1):
+            target.with_name(f"{path.stem}_cell_{number:02}_{which}.png").write_bytes(png)
+
+    nbformat.write(execute(path, report), target)
+    print(f"{path.stem}  saved as {target.relative_to(ROOT)}", flush=True)
+
+
+def refresh(path: Path) -> None:
+    """Execute one notebook and store its outputs in place; a notebook that fails stays as it was."""
+    started = time.monotonic()
+    nbformat.write(execute(path), path)
+    print(f"{path.relative_to(ROOT)}  refreshed in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def main() -> int:
+    """Carry out one command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="lab.py")
+    parser.add_argument("command", choices=("run", "refresh"))
+    parser.add_argument(
+        "numbers", nargs="*", metavar="NN", help="numbers of lessons; all unless given"
+    )
+    arguments = parser.parse_args()
+    try:
+        for path in lessons(arguments.numbers):
+            (run if arguments.command == "run" else refresh)(path)
+    except Mistake as mistake:
+        print(mistake, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

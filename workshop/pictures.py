@@ -1,0 +1,110 @@
+"""Pictures that only the lessons need; the look and the curves are ormscope's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.ticker import MaxNLocator
+
+from ormscope import Recording
+from ormscope.picture import CHECKED_OUT, COMPLETED, WAITING, Picture, look, new_figure
+
+
+def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Picture:
+    """Which pools survive how many tasks: a mark for each (tasks, capacity), and the line tasks × (depth - 1) + 1."""
+    most_tasks = max(tasks for tasks, _ in survived)
+    most_capacity = max(capacity for _, capacity in survived)
+    with look():
+        figure = new_figure(10, 6.2)
+        axes = figure.subplots()
+        for good, color, marker in ((True, COMPLETED, "o"), (False, WAITING, "X")):
+            points = [point for point, outcome in survived.items() if outcome is good]
+            axes.plot(
+                [tasks for tasks, _ in points],
+                [capacity for _, capacity in points],
+                marker,
+                color=color,
+                markersize=13,
+                zorder=3,
+            )
+        ends = (0.5, most_tasks + 0.5)
+        # Half a step below the smallest capacity that is enough, so that the line separates the marks.
+        axes.plot(ends, [tasks * (depth - 1) + 0.5 for tasks in ends], color="#000000", linewidth=2)
+        axes.set_xlim(*ends)
+        axes.set_ylim(0.4, most_capacity + 0.6)
+        axes.set_xlabel("tasks at once")
+        axes.set_ylabel("capacity of the pool")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(False)
+        axes.set_title(f"{depth} connections per task")
+        for height, text, color in (
+            (0.95, "● all tasks\n   finish", COMPLETED),
+            (0.5, "✖ deadlock", WAITING),
+            (0.2, f"line: capacity =\ntasks × {depth - 1} + 1", "#000000"),
+        ):
+            axes.annotate(
+                text,
+                (1, height),
+                xycoords="axes fraction",
+                xytext=(10, 0),
+                textcoords="offset points",
+                va="top",
+                color=color,
+                weight="bold",
+            )
+    deadlocks = sum(not outcome for outcome in survived.values())
+    alternative = (
+        f"1 to {most_tasks} tasks on pools of 1 to {most_capacity} connections, {depth} connections per task: "
+        f"{deadlocks} of {len(survived)} runs deadlocked, all of them below capacity = tasks × {depth - 1} + 1."
+        if all(
+            outcome == (capacity > tasks * (depth - 1))
+            for (tasks, capacity), outcome in survived.items()
+        )
+        else f"{deadlocks} of {len(survived)} runs deadlocked; they do not follow the formula."
+    )
+    return Picture(figure, f"which pools survive, {depth} connections per task", alternative)
+
+
+def ladder(recordings: Mapping[str, Recording]) -> Picture:
+    """Throughput and slowest request of several runs, one bar each."""
+    names = list(recordings)
+    with look():
+        figure = new_figure(10, 1.6 + 0.55 * len(names))
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, title, unit, color, values in (
+            (
+                left,
+                "Throughput",
+                "orders placed per second",
+                CHECKED_OUT,
+                [one.throughput for one in recordings.values()],
+            ),
+            (
+                right,
+                "Slowest order",
+                "seconds from arrival to the end",
+                WAITING,
+                [one.slowest for one in recordings.values()],
+            ),
+        ):
+            bars = axes.barh(names, values, color=color, height=0.62)
+            axes.bar_label(
+                bars,
+                [
+                    f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.2f}"
+                    for value in values
+                ],
+                padding=4,
+            )
+            axes.set_title(title)
+            axes.set_xlabel(unit)
+            axes.set_xlim(0, max(values) * 1.2 or 1)
+            axes.grid(axis="x")
+            axes.grid(visible=False, axis="y")
+        left.invert_yaxis()
+    alternative = "; ".join(
+        f"{name}: {one.throughput:.0f} orders placed per second, the slowest ended after {one.slowest:.2f} s"
+        for name, one in recordings.items()
+    )
+    return Picture(figure, "throughput and slowest order of each remedy", alternative)

@@ -1,0 +1,373 @@
+"""The process that keeps one database alive for as long as its parent lives.
+
+It reads one JSON line, answers with one JSON line, and then waits for the end of its standard
+input. The other end of that pipe is held by the parent alone, so however the parent goes (exit,
+restart, SIGKILL) the pipe closes; the watchdog then stops the server and removes its folder. It
+makes the folder itself, so there is no moment at which a killed parent could leave something.
+
+    request:  {"scale": 1}                  a private database, kept until the input ends
+              {"scale": 1, "url": "..."}    load the shop into a database of the user's, and end
+    answer:   {"url": ..., "name": ..., "lack": null or why it is SQLite}
+              {"mistake": "one line"}  or  {"failure": "a traceback"}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from workshop import postgres
+from workshop.mistake import Mistake
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+HERE = Path(__file__).resolve().parent
+# A build that is older than this was cut off by a power failure, in seconds.
+ABANDONED = 3600
+# A template that nobody has used for so long belongs to an older workshop, in seconds.
+FORGOTTEN = 30 * 24 * 3600
+# What a loaded server grows to while it works, in bytes, and what each further scale adds.
+ROOM = 300_000_000
+ROOM_PER_SCALE = 100_000_000
+FULL = {errno.ENOSPC, errno.EDQUOT}
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+Answer = dict[str, str | None]
+
+
+def edition(scale: int) -> str:
+    """Names what a template holds: changes with the data, the tables and the settings.
+
+    Hashes the sources rather than importing them, for a start from a template has no time to lose.
+    """
+    digest = hashlib.sha256()
+    for path in (HERE / "shop.py", HERE / "postgres.py", HERE.parent / "data" / "SHA256SUMS"):
+        if not path.is_file():
+            raise Mistake(f"The workshop is incomplete: there is no {path}. Clone it again.")
+        digest.update(path.read_bytes())
+    return f"{digest.hexdigest()[:16]}-x{scale}"
+
+
+class Private:
+    """A database of our own in a temporary folder, PostgreSQL's or else SQLite's."""
+
+    def __init__(self, scale: int) -> None:
+        self.scale = scale
+        self.folder: Path | None = None
+        self.cluster: postgres.Cluster | None = None
+        self.cache = platformdirs.user_cache_path(postgres.APPLICATION, appauthor=False)
+
+    async def open(self) -> Answer:
+        """Make the folder, start the database in it, and say where it is."""
+        lack = None
+        try:
+            account = postgres.unprivileged_account()
+            programs = postgres.find_programs(account)
+            url = await self._open_postgres(programs, account)
+            name = f"PostgreSQL {programs.version}"
+        except postgres.NoServer as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
+            await self.close()
+            lack = str(error)
+            url = await self._open_sqlite()
+            name = f"SQLite {sqlite3.sqlite_version}"
+        return {"url": url, "name": name, "lack": lack}
+
+    async def close(self) -> None:
+        """Stop the server and remove the folder, whatever state they are in."""
+        try:
+            if self.cluster is not None:
+                await self.cluster.stop("immediate")
+        finally:
+            if self.folder is not None:
+                _remove(self.folder)
+            self.cluster = self.folder = None
+
+    def _make_folder(self, account: postgres.Account | None) -> Path:
+        place = postgres.place_for(account)
+        wanted = ROOM + ROOM_PER_SCALE * (self.scale - 1)
+        free = shutil.disk_usage(place).free
+        if free < wanted:
+            raise Mistake(
+                f"Not enough disk space: {place} has {free // 10**6} MB free, and the database "
+                f"needs {wanted // 10**6} MB. Make room, or let TMPDIR name a larger place."
+            )
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{postgres.APPLICATION}-", dir=place))
+        if account is not None:
+            account.take(self.folder)
+        return self.folder
+
+    async def _open_postgres(
+        self, programs: postgres.Programs, account: postgres.Account | None
+    ) -> str:
+        folder = self._make_folder(account)
+        cluster = self.cluster = postgres.Cluster(programs, account, folder)
+        template = self.cache / f"postgresql-{programs.version}-{edition(self.scale)}"
+        note = cluster.data / "template-password"
+        if self._has(template):
+            await _copy(template, cluster.data, account=account)
+            password = note.read_text(encoding="ascii")
+        else:
+            password = secrets.token_urlsafe(24)
+            await cluster.initialise(password)
+            await cluster.start()
+            # Renaming the database that is there is quicker than making another.
+            await _execute(
+                cluster.url(password, database="template1"),
+                f"ALTER DATABASE postgres RENAME TO {postgres.DATABASE}",
+            )
+            await self._prepare(cluster.url(password))
+            # Six hundred files that nobody reads: two thirds of the time that a copy takes.
+            for name in ("template0", "template1"):
+                await _execute(
+                    cluster.url(password),
+                    f"ALTER DATABASE {name} IS_TEMPLATE false",
+                    f"DROP DATABASE {name}",
+                )
+            await cluster.stop()
+            note.write_text(password, encoding="ascii")
+            await self._keep_as(template, cluster.data)
+        note.unlink()
+        await cluster.start()
+        # The template's password lies in the cache for weeks; each server gets its own.
+        fresh = secrets.token_urlsafe(24)
+        await _execute(cluster.url(password), f"ALTER ROLE {postgres.USER} PASSWORD '{fresh}'")
+        return cluster.url(fresh)
+
+    async def _open_sqlite(self) -> str:
+        folder = self._make_folder(None)
+        data = folder / "data"
+        url = f"sqlite+aiosqlite:///{(data / 'shop.sqlite').as_posix()}"
+        template = self.cache / f"sqlite-{sqlite3.sqlite_version}-{edition(self.scale)}"
+        if self._has(template):
+            await _copy(template, data)
+        else:
+            data.mkdir()
+            # Readers and a writer at the same time, as far as SQLite can.
+            with closing(sqlite3.connect(data / "shop.sqlite")) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+            await self._prepare(url)
+            await self._keep_as(template, data)
+        return url
+
+    def _has(self, template: Path) -> bool:
+        """Whether there is such a template; if not, whether one could be kept is seen now."""
+        if template.is_dir():
+            if os.access(template, os.W_OK):
+                os.utime(template)
+            return True
+        self.cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.cache).close()
+        return False
+
+    async def _prepare(self, url: str) -> None:
+        from workshop import shop
+
+        await shop.prepare(url, scale=self.scale)
+
+    async def _keep_as(self, template: Path, data: Path) -> None:
+        """Keep a stopped database as a template: all of it, or nothing under that name."""
+        _sweep(self.cache)
+        partial = Path(tempfile.mkdtemp(prefix=postgres.PARTIAL, dir=self.cache))
+        try:
+            await _copy(data, partial / "data", sync=True)
+            postgres.move_into_place(partial / "data", template)
+        finally:
+            shutil.rmtree(partial)
+
+
+async def _visit(url: str, scale: int) -> Answer:
+    """Load the shop into a database of the user's; Mistake if it cannot be used."""
+    from sqlalchemy.engine import make_url
+
+    from workshop import shop
+
+    try:
+        name = await shop.prepare(url, scale=scale)
+    except Exception as error:
+        refusal = _refusal(error, make_url(url))
+        if refusal is None:
+            raise
+        raise Mistake(f"DATABASE_URL cannot be used: {refusal}") from None
+    return {"url": url, "name": name, "lack": None}
+
+
+def _refusal(error: BaseException, url: URL) -> str | None:
+    """Why the user's database said no, and what to do; None for an error of another kind."""
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = getattr(cause, "orig", None) or cause.__cause__
+    if url.get_backend_name() == "sqlite":
+        said = next((str(each) for each in causes if isinstance(each, sqlite3.Error)), None)
+        return said and f"SQLite says of {url.database}: {said}. Name a file that can be written."
+    state = next((each.sqlstate for each in causes if hasattr(each, "sqlstate")), None) or ""
+    server = f"{url.host}:{url.port or 5432}"
+    refusals = {
+        "28P01": f"{server} refuses the password of user {url.username}. Correct it.",
+        "28000": f"{server} does not let user {url.username} in. Check the user and pg_hba.conf.",
+        "3D000": f"{server} has no database {url.database}. Create it, or name another.",
+        "42501": f"user {url.username} may not create tables in {url.database}. Grant it.",
+        "53300": f"{server} has no connection left. Close some, or raise max_connections.",
+        "57P03": f"{server} is just starting or stopping. Try again in a moment.",
+        "53100": f"the disk of {server} is full. Make room there.",
+    }
+    if state in refusals:
+        return refusals[state]
+    if state.startswith("08") or any(isinstance(each, OSError) for each in causes):
+        return f"no PostgreSQL answers at {server}. Start it, or correct host and port."
+    return None
+
+
+async def _copy(
+    source: Path, target: Path, *, account: postgres.Account | None = None, sync: bool = False
+) -> None:
+    """Copy in a thread; when cancelled, wait until the thread has let go of the files."""
+    stop = threading.Event()
+    copying = asyncio.ensure_future(
+        asyncio.to_thread(postgres.copy_tree, source, target, account=account, stop=stop, sync=sync)
+    )
+    try:
+        await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([copying])
+        raise
+
+
+async def _execute(url: str, *statements: str) -> None:
+    # SQLAlchemy would take half of a warm start just to be imported.
+    import asyncpg
+
+    connection = await asyncpg.connect(url.replace("+asyncpg", "", 1))
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a power failure cut off, and templates that nobody uses any more."""
+    for path in cache.iterdir():
+        age = time.time() - path.stat().st_mtime
+        if age > (ABANDONED if path.name.startswith(postgres.PARTIAL) else FORGOTTEN):
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder. Windows keeps a stopped program's files open for a moment more."""
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            shutil.rmtree(folder)
+            return
+        except PermissionError:
+            if not postgres.ON_WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def explain(error: Exception) -> str | None:
+    """The one line for what a machine lacks; None if the error is not of that kind."""
+    if isinstance(error, Mistake):
+        return str(error)
+    if getattr(error, "sqlstate", None) == "53100":
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (
+            f"The disk is full: {error.filename}. The database needs about {ROOM // 10**6} MB; "
+            f"make room, or let TMPDIR name a larger place."
+        )
+    if isinstance(error, OSError) and error.errno in CLOSED:
+        return (
+            f"{error.filename} cannot be written ({error.strerror}). Make it writable, or let "
+            f"TMPDIR (temporary files) and XDG_CACHE_HOME (the cache) name folders that are."
+        )
+    return None
+
+
+async def _serve(request: dict[str, Any], private: Private) -> None:
+    """Answer the request; with a private database, keep it until cancelled."""
+    try:
+        if "url" in request:
+            _answer(await _visit(request["url"], request["scale"]))
+        else:
+            _answer(await private.open())
+            await asyncio.Event().wait()
+    except Exception as error:
+        mistake = explain(error)
+        if mistake is not None:
+            _answer({"mistake": mistake})
+        else:
+            _answer({"failure": traceback.format_exc()})
+
+
+def _answer(answer: Answer) -> None:
+    """Write the answer. A parent that is gone reads nothing; the end of input says so too."""
+    try:
+        os.write(1, json.dumps(answer).encode("ascii") + b"\n")
+    except BrokenPipeError:
+        return
+
+
+async def _serve_until_input_ends(request: dict[str, Any]) -> None:
+    loop = asyncio.get_running_loop()
+    private = Private(request["scale"])
+    serving = asyncio.ensure_future(_serve(request, private))
+
+    def end() -> None:
+        loop.call_soon_threadsafe(serving.cancel)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        end()
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            continue
+        end()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    threading.Thread(target=watch, daemon=True).start()
+    await asyncio.wait([serving])
+    # Outside of what can be cancelled, so that nothing interrupts the cleaning up.
+    await private.close()
+
+
+def main() -> None:
+    """Run the watchdog on the standard input and output."""
+
+    def heedless(number: int, frame: FrameType | None) -> None:
+        """Ignore a signal. (SIG_IGN would be inherited by the server.)"""
+
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), heedless)
+    line = sys.stdin.buffer.readline()
+    if line:
+        asyncio.run(_serve_until_input_ends(json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()
