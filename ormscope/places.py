@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import linecache
 import os
 import sys
@@ -23,6 +24,7 @@ def _folder(path: str) -> str:
 _STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
 _SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
 _MACHINERY = (_folder(os.path.dirname(__file__)), _folder(os.path.dirname(sqlalchemy.__file__)))
+_LOOP_STEP = asyncio.Handle._run.__code__
 _own_code: dict[str, bool] = {}
 
 
@@ -57,6 +59,8 @@ def user_frames(limit: int = 6) -> tuple[RawPlace, ...]:
                 break
             frame, parent = parent.gr_frame, parent.parent
             continue
+        if frame.f_code is _LOOP_STEP:
+            break  # below it is whoever started the loop, not what this task is doing
         if is_user_code(frame.f_code.co_filename):
             frames.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back

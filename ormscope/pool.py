@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
@@ -23,6 +23,8 @@ from ormscope.places import RawPlace, place, user_frames
 from ormscope.verdict import Holding, Verdict, Waiting, judge
 
 _HOLDER = "ormscope.holder"
+# The dialect's events, not the engine's: those would slow down each BEGIN, COMMIT and result as well.
+_STATEMENT_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 _RECHECK_SECONDS = 0.025
 _KEPT_SAMPLES = 100_000
 
@@ -81,20 +83,23 @@ class PoolScope:
         self.longest_wait = 0.0
         self._holders: dict[ConnectionPoolEntry, Holder] = {}
         self._waiters: dict[TaskOrThread, Waiter] = {}
+        self._waiting = 0  # of the waiters, those that do not connect yet
         self._deadlock: Verdict | None = None
         self._deadlock_seen: list[asyncio.Future[Verdict]] = []
         self._check_due = False
         self._lock = threading.RLock()
         self._class = type(self.engine.pool)
         self.engine.pool.__class__ = _watched(self._class, self)
-        event.listen(self.engine, "before_cursor_execute", self._executes)
+        for name in _STATEMENT_EVENTS:
+            event.listen(self.engine, name, self._executes)
         _scopes.add(self)
 
     def close(self) -> None:
         """Stop watching; the pool gets its own class back."""
         if self in _scopes:
             self.engine.pool.__class__ = self._class
-            event.remove(self.engine, "before_cursor_execute", self._executes)
+            for name in _STATEMENT_EVENTS:
+                event.remove(self.engine, name, self._executes)
             _scopes.discard(self)
 
     @property
@@ -139,7 +144,7 @@ class PoolScope:
 
     def verdict(self) -> Verdict:
         """What the pool suffers from at this moment: deadlock, leaked, saturated or healthy."""
-        return self._judge(self._stuck())
+        return self._judge(self._is_stuck())
 
     async def deadlock(self) -> Verdict:
         """Wait until a deadlock of this pool is proved, and return it."""
@@ -154,64 +159,75 @@ class PoolScope:
 
     # What the watched pool reports.
 
-    def _asks(self, who: TaskOrThread, waits: bool) -> Waiter:
+    def _asks(self, who: TaskOrThread, waits: bool, pool: Pool) -> Waiter:
         waiter = Waiter(Owner(who), time.perf_counter(), user_frames())
         if waits:
             with self._lock:
                 self._waiters[who] = waiter
-                self._sample()
+                self._waiting += 1
+                self._sample(waiter.since, pool)
             self._check_soon()
         return waiter
 
-    def _connects(self, who: TaskOrThread) -> None:
+    def _connects(self, who: TaskOrThread, pool: Pool) -> None:
         with self._lock:
-            if waiter := self._waiters.get(who):
+            waiter = self._waiters.get(who)
+            if waiter is not None and not waiter.connecting:
                 waiter.connecting = True
-            self._sample()
+                self._waiting -= 1
+            self._sample(time.perf_counter(), pool)
 
-    def _stops_waiting(self, who: TaskOrThread) -> None:
+    def _leaves(self, who: TaskOrThread, now: float) -> bool:
+        waiter = self._waiters.pop(who, None)
+        if waiter is None:
+            return False
+        self._waiting -= not waiter.connecting
+        self.longest_wait = max(self.longest_wait, now - waiter.since)
+        return True
+
+    def _takes(
+        self, who: TaskOrThread, waiter: Waiter, record: ConnectionPoolEntry, pool: Pool
+    ) -> None:
+        now = time.perf_counter()
         with self._lock:
-            if waiter := self._waiters.pop(who, None):
-                self.longest_wait = max(self.longest_wait, time.perf_counter() - waiter.since)
-                self._sample()
+            self.served_after_wait += self._leaves(who, now)
+            if record in self._holders:  # counted by the attempt within this one
+                return
+            holder = Holder(waiter.owner, now, waiter.frames, pool, waiter.owner)
+            self._holders[record] = record.info[_HOLDER] = holder
+            self._sample(now, pool)
 
-    def _times_out(self) -> None:
+    def _gives_up(self, who: TaskOrThread, error: BaseException, pool: Pool) -> None:
+        now = time.perf_counter()
         with self._lock:
-            self.timeouts += 1
+            self.timeouts += isinstance(error, PoolTimeoutError)
+            self._leaves(who, now)
+            self._sample(now, pool)
 
-    def _takes(self, record: ConnectionPoolEntry, waiter: Waiter, pool: Pool, waited: bool) -> None:
-        holder = Holder(waiter.owner, time.perf_counter(), waiter.frames, pool, waiter.owner)
-        record.info[_HOLDER] = holder
-        with self._lock:
-            self._holders[record] = holder
-            self.served_after_wait += waited
-            self._sample()
-
-    def _gives_back(self, record: ConnectionPoolEntry) -> None:
+    def _gives_back(self, record: ConnectionPoolEntry, pool: Pool) -> None:
         with self._lock:
             self._holders.pop(record, None)
             self._deadlock = None  # a connection came back, so the circle is broken
-            self._sample()
+            self._sample(time.perf_counter(), pool)
 
-    def _executes(
-        self,
-        connection: Connection,
-        cursor: Any,
-        statement: str,
-        parameters: Any,
-        context: Any,
-        many: bool,
-    ) -> None:
-        holder: Holder | None = connection.info.get(_HOLDER)
+    def _executes(self, cursor: Any, statement: str, *rest: Any) -> None:
+        context: ExecutionContext = rest[-1]
+        try:
+            holder: Holder | None = context.root_connection.info.get(_HOLDER)
+        except (
+            NotImplementedError
+        ):  # the dialect's first look at the server, before anybody holds it
+            return
         if holder is not None:
             holder.last_sql = statement
             who = current()
             if holder.last_user.subject is not who:
                 holder.last_user = Owner(who)
 
-    def _sample(self) -> None:
-        waiting = sum(not one.connecting for one in self._waiters.values())
-        self.samples.append(Sample(time.perf_counter(), self.checked_out, waiting))
+    def _sample(self, now: float, pool: Pool) -> None:
+        if pool is self.engine.pool:  # not one that `dispose()` has replaced
+            out = pool.checkedout() if isinstance(pool, QueuePool) else len(self._holders)
+            self.samples.append(Sample(now, out, self._waiting))
 
     # The proof.
 
@@ -237,9 +253,9 @@ class PoolScope:
     def _check(self) -> None:
         if self._deadlock is not None:
             return
-        if stuck := self._stuck():
+        if self._is_stuck():
             with self._lock:
-                self._deadlock = self._judge(stuck)
+                self._deadlock = self._judge(stuck=True)
                 self.deadlocks.append(self._deadlock)
             for seen in self._deadlock_seen:
                 if not seen.done():
@@ -261,26 +277,24 @@ class PoolScope:
                 wakers.add(subject)
         return wakers
 
-    def _stuck(self) -> set[TaskOrThread]:
-        """The stuck owners of this pool's connections; empty unless all of them are stuck."""
+    def _is_stuck(self) -> bool:
+        """Whether somebody waits, and no owner of a connection can ever give one back."""
         wakers = self._wakers()
         if wakers is None or not self._waiters:
-            return set()
-        pool_wakers: dict[TaskOrThread, set[TaskOrThread]] = {}
-        for scope in list(_scopes):
-            scope_wakers = scope._wakers()
-            if scope_wakers is not None:
-                for who, waiter in list(scope._waiters.items()):
-                    asleep = (
-                        isinstance(who, threading.Thread)
-                        or waitgraph.awaited_future(who) is not None
-                    )
-                    if asleep and not waiter.connecting:
-                        pool_wakers[who] = scope_wakers
-        stuck = waitgraph.stuck(wakers, pool_wakers)
-        return stuck if wakers <= stuck else set()
+            return False
+        scope_wakers = {scope: scope._wakers() for scope in list(_scopes)}
 
-    def _judge(self, stuck: set[TaskOrThread]) -> Verdict:
+        def pool_wakers(who: TaskOrThread) -> set[TaskOrThread] | None:
+            for scope, holders in scope_wakers.items():
+                waiter = scope._waiters.get(who)
+                if waiter is not None and holders is not None and not waiter.connecting:
+                    asleep = isinstance(who, threading.Thread) or waitgraph.awaited_future(who)
+                    return holders if asleep else None
+            return None
+
+        return waitgraph.are_stuck(wakers, pool_wakers)
+
+    def _judge(self, stuck: bool) -> Verdict:
         now = time.perf_counter()
         with self._lock:
             waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
@@ -313,7 +327,7 @@ class PoolScope:
             timeout=self.timeout,
             holding=tuple(holding),
             waiting=tuple(waiting.values()),
-            deadlock=bool(stuck),
+            deadlock=stuck,
             # A task and those that it awaits compete as one.
             contenders=len(everyone - {below for who in everyone for below in _below(who)}),
         )
@@ -339,29 +353,24 @@ def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
             who = current()
             if who in scope._waiters:  # SQLAlchemy's second attempt within one request
                 return super()._do_get()  # type: ignore[no-any-return]
-            waits = _must_wait(self)
-            waiter = scope._asks(who, waits)
+            waiter = scope._asks(who, _must_wait(self), self)
             try:
                 record: ConnectionPoolEntry = super()._do_get()
-            except PoolTimeoutError:
-                scope._times_out()
+            except BaseException as error:
+                scope._gives_up(who, error, self)
                 raise
-            finally:
-                if waits:
-                    scope._stops_waiting(who)
-            if record not in scope._holders:
-                scope._takes(record, waiter, self, waits)
+            scope._takes(who, waiter, record, self)
             return record
 
         def _create_connection(self) -> ConnectionPoolEntry:
-            scope._connects(current())
+            scope._connects(current(), self)
             return super()._create_connection()  # type: ignore[no-any-return]
 
         def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
             try:
                 super()._do_return_conn(record)
             finally:
-                scope._gives_back(record)
+                scope._gives_back(record, self)
 
     return Watched
 

@@ -16,7 +16,7 @@ asyncio has no public way to ask what a task awaits before Python 3.14, so this 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from ormscope.owners import TaskOrThread
@@ -61,13 +61,14 @@ def _awaited_by_frames(task: asyncio.Task[Any]) -> Iterable[Any]:
     return ()
 
 
-def stuck(
-    starts: Iterable[TaskOrThread], pool_wakers: Mapping[TaskOrThread, set[TaskOrThread]]
-) -> set[TaskOrThread]:
-    """The tasks and threads, of `starts` and those that they wait for, that nothing but each other can wake.
+def are_stuck(
+    starts: Set[TaskOrThread],
+    pool_wakers: Callable[[TaskOrThread], set[TaskOrThread] | None],
+) -> bool:
+    """Whether none of `starts` (tasks and threads) can ever be woken but by one another.
 
-    `pool_wakers` has an entry for each task or thread that sleeps in a full pool's queue: the holders
-    of that pool's connections.
+    `pool_wakers` tells, for a task or thread that sleeps in a full pool's queue, the holders of that
+    pool's connections; None for any other.
     """
     wakers: dict[TaskOrThread, set[TaskOrThread]] = {}
     unseen = list(starts)
@@ -75,17 +76,15 @@ def stuck(
         one = unseen.pop()
         if one in wakers:
             continue
-        if one in pool_wakers:
-            wakers[one] = pool_wakers[one]
-            unseen.extend(pool_wakers[one])
-        elif isinstance(one, asyncio.Task):
-            tasks = awaited_tasks(one)
-            wakers[one] = set(tasks)
-            unseen.extend(tasks)
-        else:
-            wakers[one] = set()
+        by: set[TaskOrThread] | None = pool_wakers(one)
+        if by is None:
+            by = set(awaited_tasks(one)) if isinstance(one, asyncio.Task) else set()
+        if not by and one in starts:
+            return False  # as in every pool that is merely busy, so look no further
+        wakers[one] = by
+        unseen.extend(by)
     # The greatest fixed point: believe all of them stuck, then free whoever can be woken by one that is not.
     candidates = {one for one, by in wakers.items() if by}
     while free := {one for one in candidates if not wakers[one] <= candidates}:
         candidates -= free
-    return candidates
+    return starts <= candidates

@@ -20,7 +20,7 @@ import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from workshop.mistake import Mistake
 
@@ -127,9 +127,11 @@ def describe(scale: int = 1) -> str:
     """One line on which database this is and whose; without the password."""
     database = _database(scale)
     if not database.private:
-        parts = urlsplit(database.url)
-        place = f"{parts.hostname or ''}:{parts.port or 5432}" if parts.hostname else "the file"
-        return f"{database.name} at {place}{parts.path}, as DATABASE_URL says"
+        parts = _split(database.url)
+        place = parts.path.removeprefix("/")
+        if parts.hostname is not None:
+            place = f"{parts.hostname}:{parts.port or 5432}/{place}"
+        return f"{database.name} at {place}, as DATABASE_URL says"
     if database.lack is not None:
         return f"{database.name} in a temporary file, for want of PostgreSQL"
     return f"{database.name}, private to this process and gone with it"
@@ -216,9 +218,14 @@ def _inherited(scale: int) -> Database | None:
     return database if _answers(database.url) else None
 
 
+def _split(url: str) -> SplitResult:
+    # SQLAlchemy's addresses have no fragments, but a file's name may have a #.
+    return urlsplit(url, allow_fragments=False)
+
+
 def _answers(url: str) -> bool:
     """Whether the server is still there; for SQLite, whether the file is."""
-    parts = urlsplit(url)
+    parts = _split(url)
     if parts.hostname is None:
         return Path(parts.path.removeprefix("/")).exists()
     try:

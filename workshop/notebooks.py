@@ -122,9 +122,17 @@ def run(path: Path) -> None:
 
 
 def refresh(path: Path) -> None:
-    """Execute one notebook and store its outputs in place; a notebook that fails stays as it was."""
+    """Execute one notebook and store its outputs in place; a notebook that fails stays as it was.
+
+    The picture of a cell with the tag "readme" is stored beside the notebook too, for README.md.
+    """
     started = time.monotonic()
-    nbformat.write(execute(path), path)
+    notebook = execute(path)
+    nbformat.write(notebook, path)
+    for cell in notebook.cells:
+        if "readme" in cell.metadata.get("tags", []):
+            (picture,) = pictures(cell)
+            path.with_suffix(".png").write_bytes(picture)
     print(f"{path.relative_to(ROOT)}  refreshed in {time.monotonic() - started:.1f} s", flush=True)
 
 

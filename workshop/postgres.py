@@ -301,6 +301,9 @@ class Cluster:
 
     Every program runs inside the folder and is given relative names, for initdb and pg_ctl hand
     names to a shell, which a quote or a dollar sign in the folder's own name would confuse.
+
+    Who cancels one of the methods waits for the program to end by itself: a killed pg_ctl leaves a
+    server that nobody knows, a killed initdb shared memory that only a reboot removes.
     """
 
     def __init__(self, programs: Programs, account: Account | None, folder: Path) -> None:
@@ -317,6 +320,21 @@ class Cluster:
 
     async def initialise(self, password: str) -> None:
         """Make an empty cluster whose one user has this password."""
+        await to_the_end(self._initialise(password))
+
+    async def start(self) -> None:
+        """Start the server and wait until it answers."""
+        await to_the_end(self._start())
+
+    async def stop(self, mode: str = "fast") -> None:
+        """Stop the server, if it runs, and wait until it is gone.
+
+        `mode` is pg_ctl's: fast leaves the files in order, immediate does not care.
+        """
+        if self.running:
+            await to_the_end(self._stop(mode))
+
+    async def _initialise(self, password: str) -> None:
         pwfile = self.folder / "password"
         pwfile.write_text(password, encoding="ascii")
         if self.account is not None:
@@ -330,19 +348,6 @@ class Cluster:
         settings = "".join(f"{name} = {value}\n" for name, value in SETTINGS.items())
         configuration = self.data / "postgresql.conf"
         configuration.write_text(configuration.read_text(encoding="utf-8") + settings, "utf-8")
-
-    async def start(self) -> None:
-        """Start the server and wait until it answers. A cancelled start is finished first."""
-        # Cut off halfway, it would leave a server that nobody knows; it is over in a moment.
-        await to_the_end(self._start())
-
-    async def stop(self, mode: str = "fast") -> None:
-        """Stop the server, if it runs, and wait until it is gone.
-
-        `mode` is pg_ctl's: fast leaves the files in order, immediate does not care.
-        """
-        if self.running:
-            await to_the_end(self._stop(mode))
 
     async def _start(self) -> None:
         log = self.folder / "server.log"
@@ -369,7 +374,7 @@ class Cluster:
         self.running = False
 
     async def _run(self, program: str, *arguments: str) -> None:
-        """Run a program to its end; raise NoServer if it fails. If cancelled, kill it."""
+        """Run a program to its end; raise NoServer if it fails."""
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("PG")
         }
@@ -387,32 +392,9 @@ class Cluster:
                 env=environment,
                 **_run_as(self.account),
             )
-        try:
-            status = await process.wait()
-        except asyncio.CancelledError:
-            await _kill_tree(process)
-            raise
-        if status != 0:
+        if await process.wait() != 0:
             text = said.read_text(encoding="utf-8", errors="replace")
             raise NoServer(f"{program} failed: {_last_line(text)}")
-
-
-async def _kill_tree(process: asyncio.subprocess.Process) -> None:
-    """Kill a program with all that it started; initdb's children would go on writing files."""
-    import psutil
-
-    try:
-        parent = psutil.Process(process.pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    await process.wait()
-    await asyncio.to_thread(psutil.wait_procs, family[1:], timeout=2)
 
 
 def _free_port() -> int:

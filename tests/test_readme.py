@@ -1,0 +1,79 @@
+"""What README.md says is what the notebooks show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LESSONS = re.findall(r"^\| \d\d \| \[.+?\]\((.+?)\).*\| (\d+) \|$", README, re.MULTILINE)
+CLAIMS = re.findall(
+    r"^\| (\w\d+\w?) \| .+? \| (true|half true|false|broken code) \| \[.+?\]\((.+?)#cell-id=(.+?)\) \|$",
+    README,
+    re.MULTILINE,
+)
+
+
+def cells(path: str) -> list[Any]:
+    return list(nbformat.read(ROOT / path, as_version=4).cells)
+
+
+def test_every_lesson_is_in_the_table() -> None:
+    assert [path for path, _ in LESSONS] == sorted(
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
+
+
+@pytest.mark.parametrize("path, minutes", LESSONS)
+def test_minutes_of_a_lesson(path: str, minutes: str) -> None:
+    assert f"**Time.** {minutes} minutes" in cells(path)[0].source
+
+
+def test_every_claim_that_a_cell_judges_is_in_the_table() -> None:
+    tagged = [
+        (tag.removeprefix("claim-"), path.relative_to(ROOT).as_posix())
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+        for cell in nbformat.read(path, as_version=4).cells
+        for tag in cell.metadata.get("tags", [])
+        if tag.startswith("claim-")
+    ]
+    assert len(tagged) >= 6
+    assert sorted(tagged) == sorted((claim, path) for claim, _, path, _ in CLAIMS)
+
+
+@pytest.mark.parametrize("claim, verdict, path, cell_id", CLAIMS)
+def test_verdict_on_a_claim_is_what_its_cell_printed(
+    claim: str, verdict: str, path: str, cell_id: str
+) -> None:
+    (cell,) = [one for one in cells(path) if one.id == cell_id]
+    assert f"claim-{claim}" in cell.metadata.tags
+    printed = "".join(one.text for one in cell.outputs if one.output_type == "stream")
+    assert f"{claim} {verdict}" in printed.splitlines()
+
+
+def test_the_picture_is_the_one_in_lesson_01() -> None:
+    """`lab.py refresh` stores both at once; a picture that was drawn for the README would be another."""
+    import base64
+
+    (cell,) = [
+        one
+        for one in cells("notebooks/01_pool_starvation.ipynb")
+        if "readme" in one.metadata.get("tags", [])
+    ]
+    (stored,) = [
+        one.data["image/png"] for one in cell.outputs if "image/png" in one.get("data", {})
+    ]
+    assert base64.b64decode(stored) == (ROOT / "notebooks/01_pool_starvation.png").read_bytes()
+    assert "](notebooks/01_pool_starvation.png)" in README
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(links) > 8
+    for link in links:
+        assert (ROOT / link).exists(), link
