@@ -132,17 +132,21 @@ def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
     labels: list[tuple[float, str, str]] = []
     for number, curve in enumerate(recording.pools):
         times, checked_out, _ = _steps(curve, recording.seconds)
-        prefix = "" if len(recording.pools) == 1 else f"{curve.name}: "
+        alone = len(recording.pools) == 1
         line = ("-", "--", ":")[number % 3]
         axes.step(times, checked_out, where="post", color=CHECKED_OUT, linestyle=line, zorder=3)
         if number == 0:
             axes.fill_between(
                 times, checked_out, step="post", color=CHECKED_OUT, alpha=0.18, linewidth=0
             )
-        labels.append((checked_out[-1], f"{prefix}checked out {checked_out[-1]}", CHECKED_OUT))
+        out = f"checked out {checked_out[-1]}" if alone else f"{curve.name}: {checked_out[-1]}"
         if curve.capacity is not None:
             axes.axhline(curve.capacity, color=CAPACITY, linewidth=1.4, linestyle=(0, (4, 3)))
-            labels.append((curve.capacity, f"{prefix}capacity {curve.capacity}", CAPACITY))
+            if alone:
+                labels.append((curve.capacity, f"capacity {curve.capacity}", CAPACITY))
+            else:
+                out += f" of {curve.capacity}"
+        labels.append((checked_out[-1], out, CHECKED_OUT))
     for verdict in recording.deadlocks[:1]:
         axes.axvline(verdict.at, color=WAITING, linewidth=1.6)
         late = verdict.at > recording.seconds * 0.6
