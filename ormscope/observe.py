@@ -7,6 +7,7 @@ import linecache
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -56,9 +57,13 @@ def observe(
     """
     recording = Recording(title=title or workload.__name__, fuse=fuse)
     payload = _payload(workload, arguments, options)
-    with _picture(recording, live) as draw, _started(payload) as process:
+    with (
+        _interrupts_noted() as interrupts,
+        _picture(recording, live) as draw,
+        _started(payload) as process,
+    ):
         messages = _messages(process)
-        failure = _follow(process, messages, recording, draw)
+        failure = _follow(process, messages, recording, draw, interrupts)
     if live and recording.ending:
         print(recording.ending)
     if failure is not None:
@@ -82,6 +87,20 @@ def _payload(
             "create the engine, the sessions and all that is open inside it, and hand it plain values."
         ) from None
     return pickle.dumps(({"path": sys.path, "cells": cells}, code))
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """The interrupts so far. None is raised: it could fall into an import or a drawing and leave that half done."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -147,6 +166,7 @@ def _follow(
     messages: queue.SimpleQueue[_Message],
     recording: Recording,
     draw: Callable[[], None],
+    interrupts: list[int],
 ) -> BaseException | None:
     """Take in messages until the run ends; return the exception that the workload raised, if any."""
     open_streams = {"reports ended", "prints ended"}
@@ -155,18 +175,14 @@ def _follow(
     stopping = False
     while open_streams:
         try:
-            try:
-                kind, content = messages.get(timeout=0.02)
-            except queue.Empty:
-                kind, content = "nothing", None
-            if not stopping:
-                draw()
-        except KeyboardInterrupt:
-            if stopping:
-                break
+            kind, content = messages.get(timeout=0.02)
+        except queue.Empty:
+            kind, content = "nothing", None
+        if interrupts and not stopping:
             recording.ended, stopping = "interrupted", True
             deadline = _ask_to_stop(process) + _INTERRUPTED_FAREWELL_SECONDS
-            continue
+        if not stopping:
+            draw()
         if kind in open_streams:
             open_streams.remove(kind)
         elif kind == "started":

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
+import zmq
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("notebooks", "exercises", "solutions")
 EXECUTED = ROOT / "executed"
+# Without encryption each kernel warns that its messages, on this machine alone, could be read.
+ENCRYPTION = "auto" if zmq.has("curve") else "disabled"
 CELL_TIMEOUT = 120  # seconds; the longest cell of the lessons takes a tenth of it
 
 
@@ -69,6 +73,7 @@ def execute(
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_execute=executing,
         on_cell_executed=executed,
+        config=Config({"KernelManager": {"transport_encryption": ENCRYPTION}}),
         record_timing=False,
         coalesce_streams=True,
     )

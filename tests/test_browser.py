@@ -1,0 +1,268 @@
+"""Lesson 01 as a learner meets it: in a real JupyterLab, in Chromium.
+
+The environment variable SCREENSHOTS names a folder for pictures of it, to be looked at by a person.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from leftovers import assert_nothing_is_left, await_that
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+LESSON = "01_pool_starvation.ipynb"
+TOKEN = "browser-test"
+PROJECTOR = {"width": 1280, "height": 720}
+PATIENCE = 60_000  # milliseconds for what has to come, on a busy machine
+WHOLE_LESSON = 240_000  # milliseconds
+STOPPED_WITHIN = 1000  # milliseconds from a click on ■ to the end of the cell
+# As root, and with nothing that would use a network.
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# Every cell is drawn, also those that are scrolled out of sight.
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false"},
+    "docmanager-extension/plugin": {"autosave": False},
+}
+# Notes each new picture in the output of a cell, and when its prompt stops being [*].
+WATCH_CELL = """
+cell => {
+    const seen = {pictures: [], ended: null};
+    const prompt = cell.querySelector('.jp-InputPrompt');
+    let running = false;
+    const look = () => {
+        for (const image of cell.querySelectorAll('.jp-OutputArea-output img'))
+            if (seen.pictures.at(-1) !== image.src && running) seen.pictures.push(image.src);
+        const busy = prompt.textContent.includes('*');
+        if (running && !busy && seen.ended === null) seen.ended = performance.now();
+        running = running || busy;
+    };
+    new MutationObserver(look).observe(cell, {
+        subtree: true, childList: true, attributes: true, characterData: true
+    });
+    window.seen = seen;
+}
+"""
+NOTE_CLICK = """
+button => button.addEventListener(
+    'click', () => { window.clicked = performance.now(); }, {capture: true}
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        reason = "no Chromium on PATH (Debian: apt install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason + "; in CI this must not be skipped")
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+class JupyterLab:
+    """A JupyterLab of its own on a copy of the lesson, with nobody's settings."""
+
+    def __init__(self, sandbox: Path) -> None:
+        self.temporary = sandbox / "tmp"
+        self.lesson = sandbox / "lessons" / LESSON
+        self.lesson.parent.mkdir()
+        shutil.copy(ROOT / "notebooks" / LESSON, self.lesson)
+        for name, setting in SETTINGS.items():
+            path = sandbox / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(setting), "utf-8")
+        runtime = sandbox / "runtime"
+        self.log = sandbox / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+                    *("--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"),
+                    f"--ServerApp.root_dir={self.lesson.parent}",
+                ],
+                env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+                | {
+                    "TMPDIR": str(self.temporary),
+                    "JUPYTER_CONFIG_DIR": str(sandbox / "configuration"),
+                    "JUPYTER_RUNTIME_DIR": str(runtime),
+                    "JUPYTERLAB_SETTINGS_DIR": str(sandbox / "settings"),
+                    "JUPYTERLAB_WORKSPACES_DIR": str(sandbox / "workspaces"),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._information = runtime / f"jpserver-{self.process.pid}.json"
+
+    @property
+    def url(self) -> str:
+        """The address of the lesson, once the server listens."""
+        assert await_that(self._information.exists, PATIENCE / 1000), self.log.read_text("utf-8")
+        port = json.loads(self._information.read_text("utf-8"))["port"]
+        return f"http://127.0.0.1:{port}/lab/tree/{LESSON}?token={TOKEN}"
+
+    def stop(self) -> None:
+        """End it as a closed terminal or `kill` does; it ends its kernels."""
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def jupyterlab(sandbox: Path) -> Iterator[JupyterLab]:
+    running = JupyterLab(sandbox)
+    yield running
+    running.stop()
+    assert_nothing_is_left(running.temporary)
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport=PROJECTOR)
+    context.set_default_timeout(PATIENCE)
+    yield context.new_page()
+    context.close()
+
+
+def open_lesson(page: Page, jupyterlab: JupyterLab) -> None:
+    """Open the lesson and wait until its kernel is ready."""
+    page.goto(jupyterlab.url)
+    expect(kernel_indicator(page, "idle")).to_be_visible(timeout=PATIENCE)
+    cells = nbformat.read(jupyterlab.lesson, as_version=4).cells
+    expect(page.locator(".jp-Notebook-cell")).to_have_count(len(cells), timeout=PATIENCE)
+
+
+def kernel_indicator(page: Page, status: str) -> Locator:
+    return page.locator(f".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status={status}]")
+
+
+def choose(page: Page, *path: str) -> None:
+    """Choose a command from the menu bar, by the labels on the way to it."""
+    menu, *others = path
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    for label in others:
+        pattern = re.compile(rf"^{re.escape(label)}($|[^\w].*$)")
+        page.locator(".lm-Menu-item:visible", has=page.get_by_text(pattern)).first.click()
+
+
+def cell_with(page: Page, jupyterlab: JupyterLab, text: str) -> Locator:
+    """The first code cell whose source contains the text."""
+    cells = nbformat.read(jupyterlab.lesson, as_version=4).cells
+    number = next(
+        number
+        for number, cell in enumerate(cells)
+        if cell.cell_type == "code" and text in cell.source
+    )
+    return page.locator(".jp-Notebook-cell").nth(number)
+
+
+def seen(page: Page) -> dict[str, Any]:
+    """What WATCH_CELL has noted."""
+    noted: dict[str, Any] = page.evaluate("window.seen")
+    return noted
+
+
+def take_screenshots(page: Page, theme: str, folder: Path) -> None:
+    """Each output that has a picture in it, as it stands on the screen."""
+    outputs = page.locator(".jp-OutputArea-output img")
+    for number in range(outputs.count()):
+        outputs.nth(number).scroll_into_view_if_needed()
+        page.screenshot(path=folder / f"lesson_01_{theme}_{number + 1:02}.png")
+
+
+def test_lesson_runs_from_first_to_last_cell(
+    page: Page, jupyterlab: JupyterLab, tmp_path: Path
+) -> None:
+    """Run All: the picture moves while its cell runs, all cells end well, the verdict is there."""
+    stored = nbformat.read(jupyterlab.lesson, as_version=4)
+    open_lesson(page, jupyterlab)
+    choose(page, "Edit", "Clear Outputs of All Cells")
+    expect(page.locator(".jp-OutputArea-output")).to_have_count(0)
+
+    starved = cell_with(page, jupyterlab, "starved = observe(")
+    starved.evaluate(WATCH_CELL)
+    choose(page, "Run", "Run All Cells")
+    page.wait_for_function("window.seen.ended !== null", timeout=WHOLE_LESSON)
+    assert len(set(seen(page)["pictures"])) >= 3
+
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    count = len([cell for cell in stored.cells if cell.cell_type == "code"])
+    expected = [f"[{number}]:" for number in range(1, count + 1)]
+    expect(prompts).to_have_text(expected, timeout=WHOLE_LESSON)
+    errors = page.locator(
+        '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"],'
+        '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
+    )
+    expect(errors).to_have_count(0)
+    verdict = cell_with(page, jupyterlab, "print(starved.verdict())")
+    expect(verdict.locator(".jp-OutputArea-output")).to_contain_text("DEADLOCK in pool")
+
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    for theme in ("Light", "Dark"):
+        choose(page, "Settings", "Theme", f"JupyterLab {theme}")
+        expect(page.locator("body")).to_have_attribute(
+            "data-jp-theme-light", str(theme == "Light").lower()
+        )
+        take_screenshots(page, theme.lower(), folder)
+
+
+def test_stop_button_ends_a_starved_cell(page: Page, jupyterlab: JupyterLab) -> None:
+    """■ ends it within a second and keeps what was seen; the next cell works."""
+    source = jupyterlab.lesson.read_text("utf-8")
+    starved = "starved = observe(rush_hour, fuse=3,"
+    assert source.count(starved) == 1
+    # So that it is certainly the button that ends the run.
+    jupyterlab.lesson.write_text(source.replace(starved, starved.replace("3", "60")), "utf-8")
+    open_lesson(page, jupyterlab)
+    choose(page, "Edit", "Clear Outputs of All Cells")
+
+    cell = cell_with(page, jupyterlab, "starved = observe(")
+    cell.locator(".jp-InputArea-editor").click()
+    choose(page, "Run", "Run All Above Selected Cell")
+    above = cell_with(page, jupyterlab, "my_prediction = None").locator(".jp-InputPrompt")
+    expect(above).to_have_text(re.compile(r"^\[\d+\]:$"), timeout=PATIENCE)
+
+    cell.evaluate(WATCH_CELL)
+    button = page.locator('.jp-NotebookPanel-toolbar [data-command="notebook:interrupt-kernel"]')
+    button.evaluate(NOTE_CLICK)
+    cell.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Shift+Enter")
+    # The deadlock is proved, and drawn, within the first pictures.
+    page.wait_for_function("window.seen.pictures.length >= 6")
+    button.click()
+    page.wait_for_function("window.seen.ended !== null")
+    assert page.evaluate("window.seen.ended - window.clicked") < STOPPED_WITHIN
+    interrupted = "You interrupted this run; what it saw until then is in the recording."
+    expect(cell.locator(".jp-OutputArea-output").last).to_contain_text(interrupted)
+
+    following = cell_with(page, jupyterlab, "print(starved.summary())")
+    following.locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Shift+Enter")
+    output = following.locator(".jp-OutputArea-output")
+    expect(output).to_contain_text("20 of 20 checked out, 20 at the end", timeout=PATIENCE)
+    expect(output).to_contain_text("requests: 0 of 200 completed")
+    expect(output).to_contain_text(interrupted)
