@@ -166,7 +166,7 @@ class PoolScope:
                 self._waiters[who] = waiter
                 self._waiting += 1
                 self._sample(waiter.since, pool)
-            self._check_soon()
+            self._check_soon(who)
         return waiter
 
     def _connects(self, who: TaskOrThread, pool: Pool) -> None:
@@ -214,10 +214,8 @@ class PoolScope:
         context: ExecutionContext = rest[-1]
         try:
             holder: Holder | None = context.root_connection.info.get(_HOLDER)
-        except (
-            NotImplementedError
-        ):  # the dialect's first look at the server, before anybody holds it
-            return
+        except NotImplementedError:
+            return  # the dialect's first look at the server, before the pool hands the connection out
         if holder is not None:
             holder.last_sql = statement
             who = current()
@@ -231,24 +229,24 @@ class PoolScope:
 
     # The proof.
 
-    def _check_soon(self) -> None:
-        """Look for a deadlock once this step of the event loop is over: by then the askers sleep."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # a thread without a loop: it goes to sleep right after this
-            self._check()
+    def _check_soon(self, who: TaskOrThread) -> None:
+        """Look for a deadlock once this step of the event loop is over: by then the asker sleeps."""
+        if isinstance(who, threading.Thread):
+            self._check()  # it goes to sleep right after this
             return
+        loop = who.get_loop()
+        if any(one.owner.subject is who for one in self.holders):
+            loop.call_soon(self._check)
         if not self._check_due:
+            # The circle may also close later, through a task that holds and falls asleep on another.
             self._check_due = True
-            loop.call_soon(self._check_on_loop, loop)
+            loop.call_later(_RECHECK_SECONDS, self._check_again, loop)
 
-    def _check_on_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._check_due = False
+    def _check_again(self, loop: asyncio.AbstractEventLoop) -> None:
         self._check()
-        # The last holder may fall asleep later, on something that is no pool: look again while anyone waits.
-        if self._waiters and self._deadlock is None:
-            self._check_due = True
-            loop.call_later(_RECHECK_SECONDS, self._check_on_loop, loop)
+        self._check_due = bool(self._waiters)
+        if self._check_due:
+            loop.call_later(_RECHECK_SECONDS, self._check_again, loop)
 
     def _check(self) -> None:
         if self._deadlock is not None:
