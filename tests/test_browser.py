@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,12 +119,21 @@ class JupyterLab:
             )
         self._information = runtime / f"jpserver-{self.process.pid}.json"
 
+    def is_listening(self) -> bool:
+        """Whether it answers. It says where before it does, and not in one stroke."""
+        assert self.process.poll() is None, self.log.read_text("utf-8")
+        try:
+            self.port = json.loads(self._information.read_text("utf-8"))["port"]
+            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+        except (OSError, json.JSONDecodeError):
+            return False
+        return True
+
     @property
     def url(self) -> str:
         """The address of the lesson, once the server listens."""
-        assert await_that(self._information.exists, PATIENCE / 1000), self.log.read_text("utf-8")
-        port = json.loads(self._information.read_text("utf-8"))["port"]
-        return f"http://127.0.0.1:{port}/lab/tree/{LESSON}?token={TOKEN}"
+        assert await_that(self.is_listening, PATIENCE / 1000), self.log.read_text("utf-8")
+        return f"http://127.0.0.1:{self.port}/lab/tree/{LESSON}?token={TOKEN}"
 
     def stop(self) -> None:
         """End it as a closed terminal or `kill` does; it ends its kernels."""
