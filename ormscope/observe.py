@@ -172,7 +172,7 @@ def _follow(
     open_streams = {"reports ended", "prints ended"}
     failure: BaseException | None = None
     deadline = time.monotonic() + _START_SECONDS
-    stopping = False
+    started = stopping = False
     while open_streams:
         try:
             kind, content = messages.get(timeout=0.02)
@@ -180,12 +180,15 @@ def _follow(
             kind, content = "nothing", None
         if interrupts and not stopping:
             recording.ended, stopping = "interrupted", True
+            if not started:
+                break  # it has nothing to say yet
             deadline = _ask_to_stop(process) + _INTERRUPTED_FAREWELL_SECONDS
         if not stopping:
             draw()
         if kind in open_streams:
             open_streams.remove(kind)
         elif kind == "started":
+            started = True
             deadline = time.monotonic() + recording.fuse
         elif kind == "seen":
             _take_in(recording, content)

@@ -651,7 +651,8 @@ def test_interrupt_at_any_moment(
         interrupted = time.monotonic()
         kernel.manager.interrupt_kernel()
         kernel.reply(sent)
-        assert time.monotonic() - interrupted < STOPPED_WITHIN, f"interrupted after {delay} s"
+        # Twice as long: it may fall into the first import of matplotlib, which cannot be cut short.
+        assert time.monotonic() - interrupted < 2 * STOPPED_WITHIN, f"interrupted after {delay} s"
         assert kernel.observed() == [], f"interrupted after {delay} s"
         assert kernel.run("print(1 + 1)") == "2\n"
     assert kernel.run(COUNT_CONNECTIONS) == "0\n"
