@@ -98,7 +98,7 @@ def complaints_about_code(cell: NotebookNode) -> Iterator[str]:
 
 
 PATHS_OF_A_MACHINE = re.compile(
-    r"/root/|/home/\w|/Users/\w|/tmp/\w|/var/folders/|\b[A-Za-z]:\\Users|ipykernel_\d"
+    r"/(root/|(home|Users|tmp)/\w|var/folders/)|\b[A-Za-z]:\\Users|ipykernel_\d"
 )
 
 
@@ -142,10 +142,13 @@ SPOILED: list[tuple[str, Callable[[NotebookNode], object]]] = [
     ("switches nbval off", lambda cell: cell.metadata.update(tags=["nbval-skip"])),
     ("not run", lambda cell: cell.update(execution_count=None)),
     ("not run once", lambda cell: cell.update(execution_count=7)),
-    ("path of one machine", lambda cell: cell.update(source="open('/home/somebody/x')")),
+    ("path of one machine", lambda cell: cell.update(source="open('/Users/somebody/x')")),
     ("nothing printed", lambda cell: cell.update(outputs=[])),
     ("stored warning", lambda cell: cell.outputs.append(stream("careful", name="stderr"))),
-    ("path of one machine", lambda cell: cell.outputs.append(stream("at /tmp/ipykernel_1/2.py"))),
+    (
+        "path of one machine",
+        lambda cell: cell.outputs.append(stream("at /var/folders/ipykernel_1/2.py")),
+    ),
     ("stored ValueError", lambda cell: cell.outputs.append(error("ValueError"))),
     ("text alternative", lambda cell: cell.outputs.append(picture(alt=" "))),
 ]
