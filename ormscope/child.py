@@ -96,7 +96,7 @@ class Reporter:
                 {
                     "name": scope.name,
                     "capacity": scope.capacity,
-                    "samples": [one._replace(time=one.time - self._start) for one in samples],
+                    "samples": [(at - self._start, *counts) for at, *counts in samples],
                     "deadlocks": [replace(one, at=one.at - self._start) for one in proved],
                     "last": last and replace(last, at=last.at - self._start),
                     "timeouts": scope.timeouts,
@@ -105,8 +105,8 @@ class Reporter:
                 }
             )
         requests = [
-            replace(one, start=one.start - self._start, end=one.end - self._start)
-            for one in _drained(log.ended)
+            (number, start - self._start, end - self._start, *how)
+            for number, start, end, *how in _drained(log.ended)
         ]
         lag = self.loop_scope.longest_lag() if self.loop_scope is not None else None
         now = time.perf_counter() - self._start

@@ -18,7 +18,9 @@ from typing import Any, BinaryIO
 import cloudpickle
 
 from ormscope.places import is_cell
+from ormscope.pool import Sample
 from ormscope.recording import PoolCurve, Recording
+from ormscope.storm import Request
 
 _FAREWELL_SECONDS = 2.0
 _INTERRUPTED_FAREWELL_SECONDS = 0.3
@@ -227,13 +229,13 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
         if number == len(recording.pools):
             recording.pools.append(PoolCurve(pool["name"], pool["capacity"]))
         curve = recording.pools[number]
-        curve.samples += pool["samples"]
+        curve.samples += map(Sample._make, pool["samples"])
         curve.deadlocks += pool["deadlocks"]
         curve.last = pool["last"] or curve.last
         curve.timeouts = pool["timeouts"]
         curve.served_after_wait = pool["served_after_wait"]
         curve.longest_wait = pool["longest_wait"]
-    recording.requests += seen["requests"]
+    recording.requests += map(Request._make, seen["requests"])
     recording.announced = seen["announced"]
     recording.loop_lag += seen["loop_lag"]
     for time_seen, _ in seen["loop_lag"]:

@@ -17,11 +17,12 @@ class Owner:
     the instrument would cause the leak that it is there to find.
     """
 
-    __slots__ = ("_reference", "name")
+    __slots__ = ("_reference", "key", "name")
 
     def __init__(self, subject: TaskOrThread) -> None:
         self._reference = weakref.ref(subject)
-        self.name = subject.get_name() if isinstance(subject, asyncio.Task) else subject.name
+        self.key = id(subject)  # another subject may have it once this one is gone
+        self.name = name_of(subject)
 
     @property
     def subject(self) -> TaskOrThread | None:
@@ -35,6 +36,11 @@ class Owner:
         if isinstance(subject, asyncio.Task):
             return not subject.done()
         return subject is not None and subject.is_alive()
+
+
+def name_of(subject: TaskOrThread) -> str:
+    """The name of a task or thread."""
+    return subject.get_name() if isinstance(subject, asyncio.Task) else subject.name
 
 
 def current() -> TaskOrThread:

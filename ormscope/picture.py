@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _FINAL_DPI = 180
 _SHOWN_WIDTH = 900  # pixels in the notebook
 # Drawing may take this share of one core at most: what is measured runs on the same machine. Where nothing
 # moves any more there is nothing to disturb.
-_DRAWING_SHARE = 0.08
+_DRAWING_SHARE = 0.04
 _DRAWING_SHARE_STANDING = 0.5
 _STANDING_AFTER = 0.15  # seconds without any event
 _SHORTEST_PAUSE = 0.2  # seconds
@@ -51,13 +52,17 @@ class Picture:
         self.figure, self.title, self.alternative = figure, title, alternative
 
     def png(self, dpi: int = _FINAL_DPI) -> bytes:
-        """The picture as a PNG file's bytes; 48 colours are plenty, and make it four times smaller."""
+        """The picture as a PNG file's bytes."""
         self.figure.set_dpi(dpi)
         canvas = FigureCanvasAgg(self.figure)
         canvas.draw()
         pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
         data = io.BytesIO()
-        pixels.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(data, "PNG")
+        if dpi >= _FINAL_DPI:
+            # 48 colours are plenty, and make the file that a notebook stores four times smaller.
+            pixels.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(data, "PNG")
+        else:  # one that is soon replaced: to find the 48 would take a third of its drawing
+            pixels.convert("RGB").save(data, "PNG", compress_level=1)
         return data.getvalue()
 
     def _repr_mimebundle_(
@@ -120,18 +125,34 @@ def _most_requests(recording: Recording) -> int:
     return max([recording.announced, 1, *(one.most_waiting for one in recording.pools)])
 
 
-def _steps(curve: PoolCurve, until: float) -> tuple[list[float], list[int], list[int]]:
+def _steps(curve: PoolCurve, until: float) -> tuple[list[float], list[int]]:
     times = [0.0, *(one.time for one in curve.samples), until]
     checked_out = [0, *(one.checked_out for one in curve.samples)]
-    waiting = [0, *(one.waiting for one in curve.samples)]
-    return times, [*checked_out, checked_out[-1]], [*waiting, waiting[-1]]
+    return _thinned(times, [*checked_out, checked_out[-1]])
+
+
+def _thinned(times: list[float], values: list[int]) -> tuple[list[float], list[int]]:
+    """A step function, in order of time, without the points that no eye could tell apart.
+
+    Of each stretch of time as narrow as the finest picture can show it keeps the first, the lowest, the highest
+    and the last point. Drawing a long storm would otherwise take most of its time for nothing.
+    """
+    if len(times) <= 4 * _SHOWN_WIDTH:
+        return times, values
+    width = times[-1] / _SHOWN_WIDTH
+    kept: list[int] = []
+    for _, stretch in groupby(range(len(times)), key=lambda at: times[at] // width):
+        points = list(stretch)
+        lowest, highest = min(points, key=values.__getitem__), max(points, key=values.__getitem__)
+        kept += sorted({points[0], lowest, highest, points[-1]})
+    return [times[at] for at in kept], [values[at] for at in kept]
 
 
 def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
     """Connections checked out over time: the first pool filled, further pools as broken lines."""
     labels: list[tuple[float, str, str]] = []
     for number, curve in enumerate(recording.pools):
-        times, checked_out, _ = _steps(curve, recording.seconds)
+        times, checked_out = _steps(curve, recording.seconds)
         alone = len(recording.pools) == 1
         line = ("-", "--", ":")[number % 3]
         axes.step(times, checked_out, where="post", color=CHECKED_OUT, linestyle=line, zorder=3)
@@ -186,7 +207,8 @@ def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
             if ends or good:
                 lines.append((name, color, [0.0, *ends], list(range(len(ends) + 1))))
     for _, color, times, values in lines:
-        axes.step([*times, recording.seconds], [*values, values[-1]], where="post", color=color)
+        steps = _thinned([*times, recording.seconds], [*values, values[-1]])
+        axes.step(*steps, where="post", color=color)
     axes.set_ylim(0, top * 1.12)
     _label_ends(
         axes,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import linecache
 import os
 import sys
 import sysconfig
 from dataclasses import dataclass
+from itertools import islice
 from types import CodeType, FrameType
 
 import greenlet
 import sqlalchemy
+
+from ormscope.owners import TaskOrThread
+from ormscope.stacks import sleeping_frames
 
 # A frame as it was at one moment. Resolving it to text costs file access, so that waits until somebody asks.
 RawPlace = tuple[CodeType, int]
@@ -25,44 +30,51 @@ _STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
 _SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
 _MACHINERY = (_folder(os.path.dirname(__file__)), _folder(os.path.dirname(sqlalchemy.__file__)))
 _LOOP_STEP = asyncio.Handle._run.__code__
-_own_code: dict[str, bool] = {}
 
 
+@functools.cache
 def is_user_code(filename: str) -> bool:
     """Whether a file is the user's: not ormscope, not SQLAlchemy, not the standard library."""
-    known = _own_code.get(filename)
-    if known is None:
-        in_library = filename.startswith(_STANDARD_LIBRARY) and not filename.startswith(
-            _SITE_PACKAGES
-        )
-        known = not (
-            in_library
-            or filename.startswith(_MACHINERY)
-            or filename.startswith(("<frozen", "<sqlalchemy"))
-        )
-        _own_code[filename] = known
-    return known
+    in_library = filename.startswith(_STANDARD_LIBRARY) and not filename.startswith(_SITE_PACKAGES)
+    return not (
+        in_library
+        or filename.startswith(_MACHINERY)
+        or filename.startswith(("<frozen", "<sqlalchemy"))
+    )
 
 
-def user_frames(limit: int = 6) -> tuple[RawPlace, ...]:
-    """The frames of the user's code that led here, innermost first, at most `limit`.
+_MOST_FRAMES = 6
+
+
+def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
+    """The frames of the user's code in which a task or thread sleeps, innermost first, at most six."""
+    frames = reversed(sleeping_frames(subject))
+    places = ((one.f_code, one.f_lineno) for one in frames if is_user_code(one.f_code.co_filename))
+    return tuple(islice(places, _MOST_FRAMES))
+
+
+def calling_places(skipped: int) -> tuple[RawPlace, ...]:
+    """The frames of the user's code that led here, innermost first, at most six.
+
+    `skipped` is how many of the innermost frames cannot be the user's: to look at a frame has its price.
 
     SQLAlchemy runs its internals in a greenlet of their own, whose stack ends at its first call;
     the coroutine that awaits it stands on the stack of the parent greenlet.
     """
     frames: list[RawPlace] = []
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(skipped)
     parent = greenlet.getcurrent().parent
-    while len(frames) < limit:
+    while len(frames) < _MOST_FRAMES:
         if frame is None:
             if parent is None:
                 break
             frame, parent = parent.gr_frame, parent.parent
             continue
-        if frame.f_code is _LOOP_STEP:
+        code = frame.f_code
+        if code is _LOOP_STEP:
             break  # below it is whoever started the loop, not what this task is doing
-        if is_user_code(frame.f_code.co_filename):
-            frames.append((frame.f_code, frame.f_lineno))
+        if is_user_code(code.co_filename):
+            frames.append((code, frame.f_lineno))
         frame = frame.f_back
     return tuple(frames)
 

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,13 +18,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
 from ormscope import waitgraph
-from ormscope.owners import Owner, TaskOrThread, current
-from ormscope.places import RawPlace, place, user_frames
+from ormscope.owners import Owner, TaskOrThread, current, name_of
+from ormscope.places import RawPlace, calling_places, place, sleeping_places
 from ormscope.verdict import Holding, Verdict, Waiting, judge
 
 _HOLDER = "ormscope.holder"
 # The dialect's events, not the engine's: those would slow down each BEGIN, COMMIT and result as well.
 _STATEMENT_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
+# calling_places, PoolScope._takes, Watched._do_get, and three of SQLAlchemy's pool, up to Pool.connect.
+_POOL_FRAMES = 6
 _RECHECK_SECONDS = 0.025
 _KEPT_SAMPLES = 100_000
 
@@ -55,9 +57,7 @@ class Holder:
 class Waiter:
     """A task or thread in the pool's queue. `since` is in `time.perf_counter()` seconds."""
 
-    owner: Owner
     since: float
-    frames: tuple[RawPlace, ...]
     connecting: bool = False
 
 
@@ -84,6 +84,7 @@ class PoolScope:
         self._holders: dict[ConnectionPoolEntry, Holder] = {}
         self._waiters: dict[TaskOrThread, Waiter] = {}
         self._waiting = 0  # of the waiters, those that do not connect yet
+        self._held_by: Counter[int] = Counter()  # connections checked out, by their owner's key
         self._deadlock: Verdict | None = None
         self._deadlock_seen: list[asyncio.Future[Verdict]] = []
         self._check_due = False
@@ -159,15 +160,13 @@ class PoolScope:
 
     # What the watched pool reports.
 
-    def _asks(self, who: TaskOrThread, waits: bool, pool: Pool) -> Waiter:
-        waiter = Waiter(Owner(who), time.perf_counter(), user_frames())
-        if waits:
-            with self._lock:
-                self._waiters[who] = waiter
-                self._waiting += 1
-                self._sample(waiter.since, pool)
-            self._check_soon(who)
-        return waiter
+    def _waits(self, who: TaskOrThread, pool: Pool) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            self._waiters[who] = Waiter(now)
+            self._waiting += 1
+            self._sample(now, pool)
+        self._check_soon(who)
 
     def _connects(self, who: TaskOrThread, pool: Pool) -> None:
         with self._lock:
@@ -185,16 +184,16 @@ class PoolScope:
         self.longest_wait = max(self.longest_wait, now - waiter.since)
         return True
 
-    def _takes(
-        self, who: TaskOrThread, waiter: Waiter, record: ConnectionPoolEntry, pool: Pool
-    ) -> None:
+    def _takes(self, who: TaskOrThread, record: ConnectionPoolEntry, pool: Pool) -> None:
         now = time.perf_counter()
         with self._lock:
             self.served_after_wait += self._leaves(who, now)
             if record in self._holders:  # counted by the attempt within this one
                 return
-            holder = Holder(waiter.owner, now, waiter.frames, pool, waiter.owner)
+            owner = Owner(who)
+            holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner)
             self._holders[record] = record.info[_HOLDER] = holder
+            self._held_by[owner.key] += 1
             self._sample(now, pool)
 
     def _gives_up(self, who: TaskOrThread, error: BaseException, pool: Pool) -> None:
@@ -206,7 +205,11 @@ class PoolScope:
 
     def _gives_back(self, record: ConnectionPoolEntry, pool: Pool) -> None:
         with self._lock:
-            self._holders.pop(record, None)
+            holder = self._holders.pop(record, None)
+            if holder is not None:
+                self._held_by[holder.owner.key] -= 1
+                if not self._held_by[holder.owner.key]:
+                    del self._held_by[holder.owner.key]
             self._deadlock = None  # a connection came back, so the circle is broken
             self._sample(time.perf_counter(), pool)
 
@@ -235,7 +238,7 @@ class PoolScope:
             self._check()  # it goes to sleep right after this
             return
         loop = who.get_loop()
-        if any(one.owner.subject is who for one in self.holders):
+        if self._held_by[id(who)]:
             loop.call_soon(self._check)
         if not self._check_due:
             # The circle may also close later, through a task that holds and falls asleep on another.
@@ -298,7 +301,7 @@ class PoolScope:
             waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
             holders = list(self._holders.values())
         waiting = {
-            who: Waiting(one.owner.name, now - one.since, tuple(map(place, one.frames)))
+            who: Waiting(name_of(who), now - one.since, tuple(map(place, sleeping_places(who))))
             for who, one in waiters.items()
         }
         everyone = {*waiters, *(one.owner.subject for one in holders if one.owner.subject)}
@@ -351,13 +354,14 @@ def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
             who = current()
             if who in scope._waiters:  # SQLAlchemy's second attempt within one request
                 return super()._do_get()  # type: ignore[no-any-return]
-            waiter = scope._asks(who, _must_wait(self), self)
+            if _must_wait(self):
+                scope._waits(who, self)
             try:
                 record: ConnectionPoolEntry = super()._do_get()
             except BaseException as error:
                 scope._gives_up(who, error, self)
                 raise
-            scope._takes(who, waiter, record, self)
+            scope._takes(who, record, self)
             return record
 
         def _create_connection(self) -> ConnectionPoolEntry:

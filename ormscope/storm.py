@@ -8,12 +8,10 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One request of a storm. `start` and `end` are in seconds, at first of `time.perf_counter()`.
 
     `outcome` is "ok", or the name of the exception's class with its module ("sqlalchemy.exc.TimeoutError");

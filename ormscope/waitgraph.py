@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from ormscope.owners import TaskOrThread
+from ormscope.stacks import sleeping_frames
 
 
 def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
@@ -43,21 +44,17 @@ def awaited_tasks(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
 
 def _awaited_by_frames(task: asyncio.Task[Any]) -> Iterable[Any]:
     """Tasks that a library function on the task's await chain waits for by a future of its own."""
-    step: Any = task.get_coro()
-    while step is not None:
-        frame = getattr(step, "cr_frame", None)
-        if frame is not None:
-            name = frame.f_code.co_name
-            if name in ("__aexit__", "_aexit"):  # asyncio.TaskGroup, and anyio's
-                tasks = getattr(frame.f_locals.get("self"), "_tasks", None)
-                if isinstance(tasks, set):
-                    return set(tasks)
-            elif frame.f_code.co_filename == asyncio.tasks.__file__:
-                if name == "_wait":
-                    return set(frame.f_locals["fs"])
-                if name == "wait_for":
-                    return {frame.f_locals["fut"]}
-        step = getattr(step, "cr_await", None)
+    for frame in sleeping_frames(task):
+        name = frame.f_code.co_name
+        if name in ("__aexit__", "_aexit"):  # asyncio.TaskGroup, and anyio's
+            tasks = getattr(frame.f_locals.get("self"), "_tasks", None)
+            if isinstance(tasks, set):
+                return set(tasks)
+        elif frame.f_code.co_filename == asyncio.tasks.__file__:
+            if name == "_wait":
+                return set(frame.f_locals["fs"])
+            if name == "wait_for":
+                return {frame.f_locals["fut"]}
     return ()
 
 

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from ormscope import Recording, observe, storm
 from ormscope.observe import WorkloadError
+from ormscope.picture import _thinned
 from workshop.database import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,3 +290,15 @@ def test_live_drawing_happens_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdout", out)
     observe(synchronous)
     assert out.getvalue() == ""
+
+
+def test_a_long_curve_is_thinned_without_losing_its_peaks() -> None:
+    times = [number / 1000 for number in range(20_000)]
+    values = [5] * len(times)
+    values[7_777], values[12_345] = 19, 0
+    kept_times, kept = _thinned(times, values)
+    assert len(kept) < 4_000
+    assert (kept_times[0], kept_times[-1]) == (times[0], times[-1])
+    assert kept_times == sorted(kept_times)
+    assert {7.777: 19, 12.345: 0}.items() <= dict(zip(kept_times, kept, strict=True)).items()
+    assert _thinned(times[:100], values[:100]) == (times[:100], values[:100])

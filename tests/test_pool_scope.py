@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import re
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from ormscope import PoolScope, storm
@@ -127,6 +129,56 @@ def test_deadlock_is_proved_however_the_holder_waits(
         assert "never: pool_timeout is None" in str(verdict)
         await cancelled(*holders)
         assert scope.verdict().cause == "healthy"
+        await engine.dispose()
+
+    run(main())
+
+
+# Ways to ask for a connection that hide the line from whoever only follows coroutines.
+
+
+async def rows_of(engine: AsyncEngine) -> AsyncIterator[int]:
+    async with engine.connect() as inner:  # in an async generator
+        yield (await inner.execute(SELECT)).scalar_one()
+
+
+async def in_a_generator(engine: AsyncEngine) -> None:
+    async for _ in rows_of(engine):
+        pass
+
+
+async def in_an_await(engine: AsyncEngine) -> None:
+    inner = await engine.connect()  # in an await
+    await inner.close()
+
+
+def look_up(session: Session) -> None:
+    session.execute(SELECT)  # in a function that SQLAlchemy runs
+
+
+async def in_run_sync(engine: AsyncEngine) -> None:
+    async with AsyncSession(engine) as session:
+        await session.run_sync(look_up)
+
+
+@pytest.mark.parametrize(
+    "way", [in_a_generator, in_an_await, in_run_sync], ids=lambda x: x.__name__
+)
+def test_the_line_that_asks_is_found_wherever_it_stands(
+    url: str, way: Callable[[AsyncEngine], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=None)
+        scope, meet = PoolScope(engine), asyncio.Barrier(2)
+        tasks = [asyncio.create_task(hold_and_ask(engine, way, meet)) for _ in range(2)]
+        verdict = await scope.deadlock()
+        asked = {one.waits.places[0].text for one in verdict.holding if one.waits}
+        assert len(asked) == 1
+        assert re.search(r"# (in an? \w+)", asked.pop()), "not the line of the innermost function"
+        assert {one.places[0].text for one in verdict.holding} == {
+            "async with engine.connect() as outer:"
+        }
+        await cancelled(*tasks)
         await engine.dispose()
 
     run(main())

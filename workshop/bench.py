@@ -29,7 +29,7 @@ from workshop.shop import Product
 
 BANANAS = 1082185
 REQUESTS = 6_000
-PAIRS = 5
+PAIRS = 9
 DEADLOCKS = 20
 
 Sessions = async_sessionmaker[AsyncSession]

@@ -1,0 +1,62 @@
+"""The stack of a task or thread while it sleeps.
+
+To note the stack whenever somebody begins to wait would cost the waiter, and the garbage collector, far
+more than the wait itself; a sleeper's stack can be read later, when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from typing import Any
+
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from ormscope.owners import TaskOrThread
+
+_STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
+_FRAME = ("cr_frame", "gi_frame", "ag_frame")
+_AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
+
+
+def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
+    """The frames in which a task or thread sleeps, outermost first.
+
+    Of a task that runs at this moment only the outermost frame is known.
+    """
+    if not isinstance(subject, asyncio.Task):
+        return _down_from(sys._current_frames().get(subject.ident or 0))
+    frames: list[FrameType] = []
+    step: Any = subject.get_coro()
+    while step is not None:
+        frame = _first(step, _FRAME)
+        if frame is not None:
+            frames.append(frame)
+            if frame.f_code is greenlet_spawn.__code__:
+                # SQLAlchemy runs its synchronous code, and the user's that it calls, on a stack of its own.
+                frames += _down_from(frame.f_locals["context"].gr_frame)
+        step = _awaited(step)
+    return frames
+
+
+def _awaited(step: Any) -> Any:
+    """The coroutine or generator that another one awaits; None at the end of the chain."""
+    if isinstance(step, _STEPS):
+        return _first(step, _AWAITED)
+    # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
+    return next((one for one in gc.get_referents(step) if isinstance(one, _STEPS)), None)
+
+
+def _first(step: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(step, name) for name in names if hasattr(step, name)), None)
+
+
+def _down_from(frame: FrameType | None) -> list[FrameType]:
+    """A frame and all that called it, outermost first."""
+    frames: list[FrameType] = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
