@@ -1,10 +1,11 @@
 """Instruments for SQLAlchemy under load: connection pools, event loop, memory."""
 
 from ormscope.loop import LoopScope
+from ormscope.memory import MemoryScope
 from ormscope.observe import observe
 from ormscope.pool import PoolScope
 from ormscope.recording import Recording
 from ormscope.storm import storm
 from ormscope.verdict import Verdict
 
-__all__ = ["LoopScope", "PoolScope", "Recording", "Verdict", "observe", "storm"]
+__all__ = ["LoopScope", "MemoryScope", "PoolScope", "Recording", "Verdict", "observe", "storm"]

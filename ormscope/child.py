@@ -7,6 +7,8 @@ the parent is gone. Standard output carries pickled messages; what the workload 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import inspect
 import linecache
 import os
@@ -57,7 +59,7 @@ class Reporter:
     def start(self) -> None:
         """Begin to send; times are counted from here."""
         self._start = time.perf_counter()
-        self._send("started", None)
+        self._send("started", self._start)
         threading.Thread(target=self._send_for_ever, name="ormscope reporter", daemon=True).start()
 
     def finish(self, kind: str, content: Any) -> None:
@@ -108,6 +110,8 @@ class Reporter:
             (number, start - self._start, end - self._start, *how)
             for number, start, end, *how in _drained(log.ended)
         ]
+        from ormscope.sessions import objects_alive
+
         lag = self.loop_scope.longest_lag() if self.loop_scope is not None else None
         now = time.perf_counter() - self._start
         return {
@@ -115,6 +119,7 @@ class Reporter:
             "requests": requests,
             "announced": log.announced,
             "loop_lag": [] if lag is None else [(now, lag)],
+            "objects": (now, objects_alive()),
         }
 
 
@@ -189,8 +194,14 @@ def main() -> None:
         linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
     import cloudpickle
 
+    from ormscope.sessions import watch_sessions
+
     reporter = Reporter(messages)
     reporter.watch_every_engine()
+    watch_sessions()
+    for driver in ("asyncpg", "aiosqlite"):  # else their import would count as the run's memory
+        with contextlib.suppress(ImportError):
+            importlib.import_module(driver)
     threading.Thread(target=_obey_parent, args=(sys.stdin.buffer, reporter), daemon=True).start()
     try:
         workload, arguments, options = cloudpickle.loads(workload_bytes)

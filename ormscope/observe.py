@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import cloudpickle
 
+from ormscope.memory import MemorySample, MemoryScope
 from ormscope.places import is_cell
 from ormscope.pool import Sample
-from ormscope.recording import PoolCurve, Recording
+from ormscope.recording import Curve, ObjectsSample, PoolCurve, Recording
 from ormscope.storm import Request
 
 _FAREWELL_SECONDS = 2.0
@@ -44,7 +45,9 @@ def observe(
     workload: Callable[..., Any],
     *arguments: Any,
     fuse: float = 30.0,
+    memory_limit: float | None = None,
     title: str | None = None,
+    curves: Sequence[Curve] = ("connections", "requests"),
     live: bool = True,
     **options: Any,
 ) -> Recording:
@@ -52,12 +55,18 @@ def observe(
 
     `workload` is an ordinary `async def` (or `def`); it creates its own engine, since a connection cannot travel
     between processes. `fuse` is in seconds: a run that lasts longer is ended, and the recording says so.
-    An interrupt (the stop button, Ctrl-C) ends the run too; in both cases what was seen so far is returned.
-    In a notebook the picture is drawn while the run goes on. With `live=False` nothing is drawn or said.
+    `memory_limit` is in MiB: a run that takes more than that, beyond what its process had when it began, is
+    killed, as a container is. An interrupt (the stop button, Ctrl-C) ends the run too. In all these cases what
+    was seen so far is returned.
+
+    In a notebook the picture is drawn while the run goes on, and `curves` chooses what it shows, from above.
+    With `live=False` nothing is drawn or said.
 
     Raises what the workload raises, with the workload's traceback; ValueError when the workload cannot be sent.
     """
-    recording = Recording(title=title or workload.__name__, fuse=fuse)
+    recording = Recording(
+        title=title or workload.__name__, fuse=fuse, memory_limit=memory_limit, curves=tuple(curves)
+    )
     payload = _payload(workload, arguments, options)
     with (
         _interrupts_noted() as interrupts,
@@ -65,7 +74,11 @@ def observe(
         _started(payload) as process,
     ):
         messages = _messages(process)
-        failure = _follow(process, messages, recording, draw, interrupts)
+        memory = MemoryScope(process.pid)
+        try:
+            failure = _follow(process, messages, memory, recording, draw, interrupts)
+        finally:
+            memory.close()
     if live and recording.ending:
         print(recording.ending)
     if failure is not None:
@@ -166,6 +179,7 @@ def _messages(process: subprocess.Popen[bytes]) -> queue.SimpleQueue[_Message]:
 def _follow(
     process: subprocess.Popen[bytes],
     messages: queue.SimpleQueue[_Message],
+    memory: MemoryScope,
     recording: Recording,
     draw: Callable[[], None],
     interrupts: list[int],
@@ -174,7 +188,7 @@ def _follow(
     open_streams = {"reports ended", "prints ended"}
     failure: BaseException | None = None
     deadline = time.monotonic() + _START_SECONDS
-    started = stopping = False
+    started, stopping = None, False  # the start is on the clock that both processes share
     while open_streams:
         try:
             kind, content = messages.get(timeout=0.02)
@@ -182,15 +196,23 @@ def _follow(
             kind, content = "nothing", None
         if interrupts and not stopping:
             recording.ended, stopping = "interrupted", True
-            if not started:
+            if started is None:
                 break  # it has nothing to say yet
             deadline = _ask_to_stop(process) + _INTERRUPTED_FAREWELL_SECONDS
+        if started is not None:
+            _take_in_memory(recording, memory, started)
+            if (
+                recording.memory_limit is not None
+                and recording.extra_memory > recording.memory_limit
+            ):
+                recording.ended = "memory limit"
+                break  # the process gets no chance to say goodbye, as in a container
         if not stopping:
             draw()
         if kind in open_streams:
             open_streams.remove(kind)
         elif kind == "started":
-            started = True
+            started = content
             deadline = time.monotonic() + recording.fuse
         elif kind == "seen":
             _take_in(recording, content)
@@ -238,8 +260,22 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
     recording.requests += map(Request._make, seen["requests"])
     recording.announced = seen["announced"]
     recording.loop_lag += seen["loop_lag"]
+    at, alive = seen["objects"]
+    if not recording.objects or recording.objects[-1].alive != alive:
+        recording.objects.append(ObjectsSample(at, alive))
     for time_seen, _ in seen["loop_lag"]:
         recording.seconds = time_seen
+
+
+def _take_in_memory(recording: Recording, memory: MemoryScope, started: float) -> None:
+    """Move what was sampled since the last time to the recording; before the start, only the last counts."""
+    taken = memory.samples[:]
+    del memory.samples[: len(taken)]
+    for sample in taken:
+        at = sample.time - started
+        if at <= 0:
+            recording.memory.clear()
+        recording.memory.append(MemorySample(max(at, 0.0), sample.mebibytes))
 
 
 def _carried_over(

@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ormscope.recording import PoolCurve, Recording
+from ormscope.recording import Curve, PoolCurve, Recording
 from ormscope.verdict import Holding, Waiting
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; each meaning keeps its colour in every picture.
@@ -28,6 +28,8 @@ CAPACITY = "#000000"
 COMPLETED = "#009E73"
 FAILED = "#CC79A7"
 LOOP_LAG = "#E69F00"
+MEMORY = "#56B4E9"
+OBJECTS = "#6B6B6B"
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 
@@ -91,28 +93,36 @@ def look() -> Any:
 def draw(*recordings: Recording, titles: Sequence[str] | None = None) -> Picture:
     """The curves of one recording, or of several side by side on the same axes."""
     names = list(titles or [one.title for one in recordings])
+    curves = recordings[0].curves
     with look():
         # Fixed margins, with room for the labels: the axes must not jump while a run is drawn live.
         figure = Figure(figsize=(10, 4.6 + 0.4 * (len(recordings) > 1)))
-        figure.subplots_adjust(0.08, 0.13, 0.82, 0.91, wspace=0.62, hspace=0.16)
+        figure.subplots_adjust(0.1, 0.13, 0.82, 0.91, wspace=0.62, hspace=0.16)
         grid = figure.subplots(
-            2, len(recordings), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 2]
+            len(curves),
+            len(recordings),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
+            height_ratios=[3, *[2] * (len(curves) - 1)],
         )
         seconds = max(max(one.seconds, 0.05) * 1.02 for one in recordings)
-        connections = max(_most_connections(one) for one in recordings)
-        requests = max(_most_requests(one) for one in recordings)
-        for column, (recording, name) in enumerate(zip(recordings, names, strict=True)):
-            _draw_pool(grid[0][column], recording, connections)
-            _draw_requests(grid[1][column], recording, requests)
+        for row, curve in zip(grid, curves, strict=True):
+            unit, highest, draw_curve = _CURVES[curve]
+            top = max(highest(one) for one in recordings)
+            row[0].set_ylabel(unit)
+            for axes, recording in zip(row, recordings, strict=True):
+                draw_curve(axes, recording, top)
+        for column, name in enumerate(names):
             grid[0][column].set_title(name)
-            grid[1][column].set_xlim(0, seconds)
-            grid[1][column].set_xlabel("seconds since the start")
-            if column == 0:
-                grid[0][0].set_ylabel("connections")
-                grid[1][0].set_ylabel("requests")
+            grid[-1][column].set_xlim(0, seconds)
+            grid[-1][column].set_xlabel("seconds since the start")
         figure.align_ylabels()
     alternative = "\n".join(
-        f"{name}. {one.summary()}" for name, one in zip(names, recordings, strict=True)
+        " ".join(
+            filter(None, [f"{name}.", one.summary(), *(_ALTERNATIVES[it](one) for it in curves)])
+        )
+        for name, one in zip(names, recordings, strict=True)
     )
     return Picture(figure, " | ".join(names), alternative)
 
@@ -219,6 +229,94 @@ def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
+def _most_memory(recording: Recording) -> float:
+    return max(recording.extra_memory, recording.memory_limit or 0.0, 8.0)
+
+
+def _draw_memory(axes: Axes, recording: Recording, top: float) -> None:
+    """Resident memory beyond that at the start, and the limit that ends the run."""
+    first = recording.memory[0].mebibytes if recording.memory else 0.0
+    times = [0.0, *(one.time for one in recording.memory)]
+    extra = [0.0, *(one.mebibytes - first for one in recording.memory)]
+    axes.plot(times, extra, color=MEMORY, zorder=3)
+    axes.fill_between(times, extra, color=MEMORY, alpha=0.25, linewidth=0)
+    labels = [(extra[-1], f"{extra[-1]:.0f} MiB", CAPACITY)]
+    if recording.memory_limit is not None:
+        axes.axhline(recording.memory_limit, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
+        labels.append((recording.memory_limit, f"limit {recording.memory_limit:g} MiB", FAILED))
+    if recording.ended == "memory limit":
+        axes.plot(times[-1:], extra[-1:], "X", color=FAILED, markersize=13, zorder=4)
+        labels[0] = (extra[-1], "killed", FAILED)
+    elif max(extra) > 1.3 * extra[-1] + 8:
+        labels.append((max(extra), f"peak {max(extra):.0f}", CAPACITY))
+    axes.set_ylim(0, top * 1.15)
+    _label_ends(axes, labels, top, gap=0.13)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _most_objects(recording: Recording) -> float:
+    return max(recording.most_objects, 10)
+
+
+def _draw_objects(axes: Axes, recording: Recording, top: float) -> None:
+    """Objects alive in the identity maps."""
+    times = [0.0, *(one.time for one in recording.objects), recording.seconds]
+    alive = [0, *(one.alive for one in recording.objects)]
+    axes.step(times, [*alive, alive[-1]], where="post", color=OBJECTS)
+    labels = [(float(alive[-1]), f"{_thousands(alive[-1])} objects", OBJECTS)]
+    if max(alive) > 1.3 * alive[-1]:
+        labels.append((max(alive), f"most {_thousands(max(alive))}", OBJECTS))
+    axes.set_ylim(0, top * 1.15)
+    _label_ends(axes, labels, top, gap=0.2)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: _thousands(value))
+
+
+def _thousands(value: float) -> str:
+    """A count that is short enough to stand beside a curve: 950, 9,500, 95k."""
+    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
+
+
+def _longest_lag(recording: Recording) -> float:
+    return max(recording.longest_lag, 0.05)
+
+
+def _draw_lag(axes: Axes, recording: Recording, top: float) -> None:
+    """How late the event loop was, as seen 20 times a second."""
+    times = [0.0, *(at for at, _ in recording.loop_lag)]
+    lag = [0.0, *(seconds for _, seconds in recording.loop_lag)]
+    axes.step(times, lag, where="pre", color=LOOP_LAG)
+    axes.set_ylim(0, top * 1.15)
+    _label_ends(axes, [(max(lag), f"longest {max(lag):.2f} s", CAPACITY)], top, gap=0.2)
+
+
+# What each curve is called on its axis, how high it reaches, and who draws it.
+_CURVES: dict[
+    Curve, tuple[str, Callable[[Recording], float], Callable[[Axes, Recording, Any], None]]
+]
+_CURVES = {
+    "connections": ("connections", _most_connections, _draw_pool),
+    "requests": ("requests", _most_requests, _draw_requests),
+    "memory": ("MiB more", _most_memory, _draw_memory),
+    "objects": ("objects", _most_objects, _draw_objects),
+    "loop lag": ("loop lag, s", _longest_lag, _draw_lag),
+}
+# What a picture of that curve says beyond the recording's summary, for who cannot see it.
+_ALTERNATIVES: dict[Curve, Callable[[Recording], str]] = {
+    "connections": lambda one: "",
+    "requests": lambda one: "",
+    "memory": lambda one: (
+        f"Memory rose by up to {one.extra_memory:.0f} MiB and stood {one.kept_memory:.0f} MiB above the start"
+        f" at the end, after {one.seconds:.1f} s."
+    ),
+    "objects": lambda one: (
+        f"Up to {one.most_objects:,} objects were alive in identity maps,"
+        f" {one.objects[-1].alive if one.objects else 0:,} at the end."
+    ),
+    "loop lag": lambda one: f"The event loop was up to {one.longest_lag:.2f} s late.",
+}
+
+
 def _label_ends(axes: Axes, labels: list[tuple[float, str, str]], top: float, gap: float) -> None:
     """Name each curve to the right of its end; `gap` is the least distance of two names, as a share of `top`."""
     height = -math.inf
@@ -253,6 +351,7 @@ class LivePicture:
         """Draw, unless the last drawing was so recent that one more would disturb what is measured."""
         now = time.monotonic()
         events = sum(len(pool.samples) for pool in self._recording.pools)
+        events += len(self._recording.objects)
         if events != self._events:
             self._events, self._moved = events, now
         if now - self._moved > _STANDING_AFTER:

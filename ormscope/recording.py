@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ormscope.memory import MemorySample
 from ormscope.pool import Sample
 from ormscope.storm import Request
 from ormscope.verdict import Verdict
@@ -14,7 +15,15 @@ from ormscope.verdict import Verdict
 if TYPE_CHECKING:
     from ormscope.picture import Picture
 
-End = Literal["running", "returned", "raised", "fuse", "interrupted", "died"]
+End = Literal["running", "returned", "raised", "fuse", "memory limit", "interrupted", "died"]
+Curve = Literal["connections", "requests", "memory", "objects", "loop lag"]
+
+
+class ObjectsSample(NamedTuple):
+    """Objects alive in the identity maps of all sessions, at `time` seconds."""
+
+    time: float
+    alive: int
 
 
 @dataclass
@@ -52,17 +61,23 @@ class Recording:
     """The curves, events, verdicts and outcomes of one run.
 
     All times are in seconds since the workload began. `ended` says how the run ended: it returned, it raised,
-    the fuse blew, you interrupted it, or its process died. `result` is what the workload returned.
+    the fuse blew, it passed its memory limit, you interrupted it, or its process died. `result` is what the
+    workload returned. `memory` is resident memory; the last sample before the start has the time 0. `curves`
+    are those that its picture shows.
     """
 
     title: str
     ended: End = "running"
     seconds: float = 0.0
     fuse: float = 0.0
+    memory_limit: float | None = None
+    curves: tuple[Curve, ...] = ("connections", "requests")
     pools: list[PoolCurve] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     announced: int = 0
     loop_lag: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[MemorySample] = field(default_factory=list)
+    objects: list[ObjectsSample] = field(default_factory=list)
     result: Any = None
     printed: str = ""
 
@@ -101,6 +116,28 @@ class Recording:
     def timeouts(self) -> int:
         """How many waits for a connection ended in `sqlalchemy.exc.TimeoutError`."""
         return sum(pool.timeouts for pool in self.pools)
+
+    @property
+    def extra_memory(self) -> float:
+        """The highest resident memory beyond that at the start, in MiB."""
+        if not self.memory:
+            return 0.0
+        return max(one.mebibytes for one in self.memory) - self.memory[0].mebibytes
+
+    @property
+    def kept_memory(self) -> float:
+        """The resident memory at the end beyond that at the start, in MiB."""
+        return self.memory[-1].mebibytes - self.memory[0].mebibytes if self.memory else 0.0
+
+    @property
+    def most_objects(self) -> int:
+        """The most objects alive in identity maps, as seen 20 times a second."""
+        return max((one.alive for one in self.objects), default=0)
+
+    @property
+    def longest_lag(self) -> float:
+        """The longest time that the event loop was late, in seconds."""
+        return max((lag for _, lag in self.loop_lag), default=0.0)
 
     @property
     def deadlocks(self) -> list[Verdict]:
@@ -146,7 +183,9 @@ class Recording:
     @property
     def ending(self) -> str:
         """How the run ended, in words; empty where the workload simply returned."""
-        return _ENDINGS.get(self.ended, "").format(fuse=self.fuse)
+        return _ENDINGS.get(self.ended, "").format(
+            fuse=self.fuse, memory_limit=self.memory_limit or 0
+        )
 
     # matplotlib is imported only by who draws: the observed process does not, and starts sooner without it.
 
@@ -166,6 +205,7 @@ class Recording:
 _ENDINGS = {
     "raised": "The workload raised an exception.",
     "fuse": "The fuse ended this run after {fuse:g} s; what it saw until then is in the recording.",
+    "memory limit": "The memory limit of {memory_limit:g} MiB ended this run; what it saw before is in the recording.",
     "interrupted": "You interrupted this run; what it saw until then is in the recording.",
     "died": "The process of this run died; what it saw until then is in the recording.",
 }
