@@ -1,5 +1,6 @@
 """Instruments for SQLAlchemy under load: connection pools, event loop, memory."""
 
+from ormscope.census import SessionCensus
 from ormscope.loop import LoopScope
 from ormscope.memory import MemoryScope
 from ormscope.observe import observe
@@ -8,4 +9,13 @@ from ormscope.recording import Recording
 from ormscope.storm import storm
 from ormscope.verdict import Verdict
 
-__all__ = ["LoopScope", "MemoryScope", "PoolScope", "Recording", "Verdict", "observe", "storm"]
+__all__ = [
+    "LoopScope",
+    "MemoryScope",
+    "PoolScope",
+    "Recording",
+    "SessionCensus",
+    "Verdict",
+    "observe",
+    "storm",
+]

@@ -29,6 +29,10 @@ def _folder(path: str) -> str:
 _STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
 _SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
 _MACHINERY = (_folder(os.path.dirname(__file__)), _folder(os.path.dirname(sqlalchemy.__file__)))
+# Between a notebook's cell and the event loop.
+_KERNEL = tuple(
+    os.path.join(one, name, "") for one in _SITE_PACKAGES for name in ("IPython", "ipykernel")
+)
 _LOOP_STEP = asyncio.Handle._run.__code__
 
 
@@ -37,9 +41,7 @@ def is_user_code(filename: str) -> bool:
     """Whether a file is the user's: not ormscope, not SQLAlchemy, not the standard library."""
     in_library = filename.startswith(_STANDARD_LIBRARY) and not filename.startswith(_SITE_PACKAGES)
     return not (
-        in_library
-        or filename.startswith(_MACHINERY)
-        or filename.startswith(("<frozen", "<sqlalchemy"))
+        in_library or filename.startswith((*_MACHINERY, *_KERNEL, "<frozen", "<sqlalchemy"))
     )
 
 

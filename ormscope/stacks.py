@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import sys
+import threading
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
+import greenlet
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from ormscope.owners import TaskOrThread
@@ -36,9 +39,45 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
             frames.append(frame)
             if frame.f_code is greenlet_spawn.__code__:
                 # SQLAlchemy runs its synchronous code, and the user's that it calls, on a stack of its own.
-                frames += _down_from(frame.f_locals["context"].gr_frame)
+                frames += _down_from(locals_of(frame)["context"].gr_frame)
         step = _awaited(step)
     return frames
+
+
+def calling_frames() -> list[FrameType]:
+    """The frames that led to ormscope, and those of all other threads and waiting greenlets, innermost first.
+
+    Not ormscope's own: whoever keeps a reference to his own frame makes a cycle that only the collector can undo.
+    """
+    me = threading.get_ident()
+    frames = [*reversed(_down_from(_caller()))]
+    for ident in [one for one in sys._current_frames() if one != me]:
+        frames += reversed(_down_from(sys._current_frames().get(ident)))
+    waiting = greenlet.getcurrent().parent
+    while waiting is not None:
+        frames += reversed(_down_from(waiting.gr_frame))
+        waiting = waiting.parent
+    return frames
+
+
+def _caller() -> FrameType | None:
+    """The innermost frame that is not ormscope's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return frame
+
+
+def locals_of(frame: FrameType) -> dict[str, Any]:
+    """A copy of a frame's local variables.
+
+    Before Python 3.13 a frame keeps the dict that `f_locals` makes, and so all that was in it, until it ends.
+    """
+    found = frame.f_locals
+    copy = dict(found)
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        found.clear()
+    return copy
 
 
 def _awaited(step: Any) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from ormscope.owners import TaskOrThread
-from ormscope.stacks import sleeping_frames
+from ormscope.stacks import locals_of, sleeping_frames
 
 
 def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
@@ -47,14 +47,14 @@ def _awaited_by_frames(task: asyncio.Task[Any]) -> Iterable[Any]:
     for frame in sleeping_frames(task):
         name = frame.f_code.co_name
         if name in ("__aexit__", "_aexit"):  # asyncio.TaskGroup, and anyio's
-            tasks = getattr(frame.f_locals.get("self"), "_tasks", None)
+            tasks = getattr(locals_of(frame).get("self"), "_tasks", None)
             if isinstance(tasks, set):
                 return set(tasks)
         elif frame.f_code.co_filename == asyncio.tasks.__file__:
             if name == "_wait":
-                return set(frame.f_locals["fs"])
+                return set(locals_of(frame)["fs"])
             if name == "wait_for":
-                return {frame.f_locals["fut"]}
+                return {locals_of(frame)["fut"]}
     return ()
 
 
