@@ -9,7 +9,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy.engine import Result
@@ -186,6 +186,8 @@ class _Search:
             if key in frontier:
                 yield frontier[key], _Root("variable", _variable(frame, name, frontier[key]))
         for holder in heap:
+            if isinstance(holder, ModuleType):
+                continue  # its dict is in the heap too; Python 3.12.1 dies of a look into _asyncio
             for held in gc.get_referents(holder):
                 if id(held) in frontier:
                     yield frontier[id(held)], holder
