@@ -6,6 +6,7 @@ Tests assert no speeds; this prints them, for whoever changes the instruments.
 from __future__ import annotations
 
 import asyncio
+import csv
 import itertools
 import os
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +24,17 @@ from nbclient import NotebookClient
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from ormscope import Recording, observe, storm
+from ormscope import MemoryScope, Recording, observe, storm
 from ormscope.storm import log
 from workshop.database import start_server
-from workshop.shop import Product
+from workshop.shop import Product, Sale
 
 BANANAS = 1082185
 REQUESTS = 6_000
 PAIRS = 9
 DEADLOCKS = 20
+BATCH = 1_000
+ROUNDS = 3  # of what lasts long enough to be measured well at once
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -105,6 +109,107 @@ def _server_start() -> float:
     return time.perf_counter() - started
 
 
+async def export_everything(url: str) -> int:
+    """Load all sales lines as objects, and return how many there are."""
+    async with AsyncSession(create_async_engine(url)) as session:
+        return len((await session.scalars(select(Sale).order_by(Sale.id))).all())
+
+
+async def export_columns(url: str) -> float:
+    """Stream five columns of all sales lines into a CSV file; return rows per second, without the connecting."""
+    columns = (Sale.id, Sale.basket_id, Sale.sku, Sale.quantity, Sale.sales_value)
+    statement = select(*columns).order_by(Sale.id).execution_options(yield_per=BATCH)
+    async with create_async_engine(url).connect() as connection:
+        with tempfile.TemporaryFile("w", newline="") as file:
+            write, started, rows = csv.writer(file).writerows, time.perf_counter(), 0
+            async for batch in (await connection.stream(statement)).partitions():
+                write(batch)
+                rows += len(batch)
+            return rows / (time.perf_counter() - started)
+
+
+async def export_raw(url: str, by_row: bool) -> float:
+    """The same with asyncpg's own cursor: iterated, prefetching as many rows, or fetched in batches of as many."""
+    query = "SELECT id, basket_id, sku, quantity, sales_value FROM sales ORDER BY id"
+    async with create_async_engine(url).connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        with tempfile.TemporaryFile("w", newline="") as file:
+            writer, started, rows = csv.writer(file), time.perf_counter(), 0
+            async with driver.transaction():
+                if by_row:
+                    async for row in driver.cursor(query, prefetch=BATCH):
+                        writer.writerow(row)
+                        rows += 1
+                else:
+                    cursor = await driver.cursor(query)
+                    while batch := await cursor.fetch(BATCH):
+                        writer.writerows(batch)
+                        rows += len(batch)
+            return rows / (time.perf_counter() - started)
+
+
+def print_export(url: str) -> None:
+    """Run the streamed export in this process and print its speed; what `_export` starts."""
+    print(asyncio.run(export_columns(url)))
+
+
+def _export(url: str, sampled: bool) -> float:
+    """The streamed export's rows per second in a fresh process, which MemoryScope watches or not."""
+    script = f"import workshop.bench as bench; bench.print_export({url!r})"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        scope = MemoryScope(process.pid) if sampled else None
+        assert process.stdout is not None
+        speed = float(process.stdout.read())
+        if scope is not None:
+            scope.close()
+    return speed
+
+
+def _exports(url: str, large_url: str) -> None:
+    """Measure and print what the exports of lesson 04 need, and what watching them costs."""
+
+    def speed(export: Callable[..., object], *arguments: bool) -> float:
+        return float(observe(export, large_url, *arguments, live=False, fuse=120).result)
+
+    runs = [
+        (speed(export_columns), speed(export_raw, True), speed(export_raw, False))
+        for _ in range(ROUNDS)
+    ]
+    by_row = statistics.median(streamed / raw for streamed, raw, _ in runs)
+    in_batches = statistics.median(streamed / raw for streamed, _, raw in runs)
+    print(
+        f"export: {by_row:.2f} of the rows per second of asyncpg's own cursor when columns are streamed (median of"
+        f" {ROUNDS} pairs, wanted: at least 0.90; {in_batches:.2f} of those of its fetch(); {runs[-1][0]:.0f} rows"
+        f" per second)"
+    )
+    peaks = {
+        name: statistics.median(
+            observe(export, address, live=False, fuse=120).extra_memory for _ in range(times)
+        )
+        for name, export, address, times in (
+            ("streamed", export_columns, url, PAIRS),
+            ("large", export_columns, large_url, ROUNDS),
+            ("all", export_everything, url, ROUNDS),
+        )
+    }
+    print(
+        f"export: {peaks['large'] / peaks['streamed']:.2f} of the peak memory when the streamed rows are six times"
+        f" as many (wanted: at most 1.30; the peak is {peaks['streamed']:.1f} MiB)"
+    )
+    print(
+        f"export: {peaks['all'] / peaks['streamed']:.0f} times the streamed peak when .all() loads the objects"
+        f" (wanted: at least 20; the peak is {peaks['all']:.0f} MiB)"
+    )
+    ratio = statistics.median(
+        _export(large_url, sampled=True) / _export(large_url, sampled=False) for _ in range(PAIRS)
+    )
+    print(
+        f"memory: {ratio:.2f} of the rows per second when MemoryScope samples the export"
+        f" (median of {PAIRS} pairs, wanted: at least 0.97)"
+    )
+
+
 def main() -> int:
     """Measure, and print one line a figure; return the exit status."""
     with tempfile.TemporaryDirectory() as cold:
@@ -132,6 +237,11 @@ def main() -> int:
             f"deadlock: {statistics.median(delays) * 1000:.0f} ms from the last free connection to the verdict"
             f" (median of {DEADLOCKS}, longest {max(delays) * 1000:.0f} ms, wanted: a median of at most 50)"
         )
+        large = start_server(scale=6)
+        try:
+            _exports(server.url, large.url)
+        finally:
+            large.stop()
     finally:
         server.stop()
     return 0

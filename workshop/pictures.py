@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ormscope import Recording
-from ormscope.picture import CHECKED_OUT, COMPLETED, WAITING, Picture, look, new_figure
+from ormscope.picture import (
+    CHECKED_OUT,
+    COMPLETED,
+    LOOP_LAG,
+    MEMORY,
+    WAITING,
+    Picture,
+    look,
+    new_figure,
+)
 
 
 def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Picture:
@@ -68,26 +78,62 @@ def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Pictu
 
 def ladder(recordings: Mapping[str, Recording]) -> Picture:
     """Throughput and slowest request of several runs, one bar each."""
-    names = list(recordings)
-    with look():
-        figure = new_figure(10, 1.6 + 0.55 * len(names))
-        left, right = figure.subplots(1, 2, sharey=True)
-        for axes, title, unit, color, values in (
+    runs = recordings.values()
+    figure = _bars(
+        list(recordings),
+        [
             (
-                left,
                 "Throughput",
                 "orders placed per second",
                 CHECKED_OUT,
-                [one.throughput for one in recordings.values()],
+                [one.throughput for one in runs],
             ),
             (
-                right,
                 "Slowest order",
                 "seconds from arrival to the end",
                 WAITING,
-                [one.slowest for one in recordings.values()],
+                [one.slowest for one in runs],
             ),
-        ):
+        ],
+    )
+    alternative = "; ".join(
+        f"{name}: {one.throughput:.0f} orders placed per second, the slowest ended after {one.slowest:.2f} s"
+        for name, one in recordings.items()
+    )
+    return Picture(figure, "throughput and slowest order of each remedy", alternative)
+
+
+def export_ladder(recordings: Mapping[str, Recording], rows: int) -> Picture:
+    """Memory, speed and longest loop stall of several exports of the same `rows`, one bar each."""
+    runs = recordings.values()
+    speeds = [rows / max(one.seconds, 1e-9) / 1000 for one in runs]
+    figure = _bars(
+        list(recordings),
+        [
+            ("Peak memory", "MiB beyond the start", MEMORY, [one.extra_memory for one in runs]),
+            ("Speed", "thousand rows per second", COMPLETED, speeds),
+            (
+                "Longest loop stall",
+                "milliseconds",
+                LOOP_LAG,
+                [one.longest_lag * 1000 for one in runs],
+            ),
+        ],
+    )
+    alternative = "; ".join(
+        f"{name}: peak {one.extra_memory:.0f} MiB, {speed:.0f} thousand rows per second, "
+        f"the event loop up to {one.longest_lag:.2f} s late"
+        for (name, one), speed in zip(recordings.items(), speeds, strict=True)
+    )
+    return Picture(figure, "memory, speed and loop stall of each export", alternative)
+
+
+def _bars(names: Sequence[str], panels: Sequence[tuple[str, str, str, Sequence[float]]]) -> Figure:
+    """Horizontal bars, one for each name, in panels side by side: title, unit, color and values of each."""
+    with look():
+        figure = new_figure(10, 1.6 + 0.55 * len(names))
+        row = figure.subplots(1, len(panels), sharey=True)
+        for axes, (title, unit, color, values) in zip(row, panels, strict=True):
             bars = axes.barh(names, values, color=color, height=0.62)
             axes.bar_label(
                 bars,
@@ -99,12 +145,8 @@ def ladder(recordings: Mapping[str, Recording]) -> Picture:
             )
             axes.set_title(title)
             axes.set_xlabel(unit)
-            axes.set_xlim(0, max(values) * 1.2 or 1)
+            axes.set_xlim(0, max(values) * (1 + 0.1 * len(panels)) or 1)
             axes.grid(axis="x")
             axes.grid(visible=False, axis="y")
-        left.invert_yaxis()
-    alternative = "; ".join(
-        f"{name}: {one.throughput:.0f} orders placed per second, the slowest ended after {one.slowest:.2f} s"
-        for name, one in recordings.items()
-    )
-    return Picture(figure, "throughput and slowest order of each remedy", alternative)
+        row[0].invert_yaxis()
+    return figure
