@@ -206,6 +206,7 @@ def _follow(
                 and recording.extra_memory > recording.memory_limit
             ):
                 recording.ended = "memory limit"
+                recording.seconds = recording.memory[-1].time
                 break  # the process gets no chance to say goodbye, as in a container
         if not stopping:
             draw()
