@@ -129,9 +129,8 @@ class _Search:
         self._variables = _variables()
         self._namespaces, self._outputs = _namespaces()
         self._live = {id(frame) for frame in calling_frames()}
-        self._keeps: dict[
-            int, list[tuple[Any, str]]
-        ] = {}  # id of a holder: what it holds, through what
+        # By the id of a holder: what it holds, and through which attribute.
+        self._keeps: dict[int, list[tuple[Any, str]]] = {}
         self._roots: dict[int, tuple[Any, _Root]] = {}
         self._found: dict[int, _Root] = {}
         for one in self.counted:
