@@ -1,6 +1,8 @@
 """Set the workshop up, open it, prove it. Needs Python 3.11 to 3.14 and nothing else.
 
 python3 lab.py [JupyterLab options]     set up what is missing, and open lesson 00
+python3 lab.py progress                 show which tasks of the exercises are done
+python3 lab.py reset NN ...             bring exercises back as they were; your versions are kept
 python3 lab.py run [NN ...]             run lessons without a browser, into the folder executed
 python3 lab.py doctor                   rehearse: will everything work on this machine?
 python3 lab.py bench                    measure the instruments themselves
@@ -45,6 +47,8 @@ COMMANDS = {
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],
     "bench": ["workshop.bench"],
+    "progress": ["workshop.exercises"],
+    "reset": ["workshop.generator"],
 }
 # What uv or pip say when they fail, and what the user is told.
 FAILURES = {

@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO
@@ -104,6 +103,7 @@ class Reporter:
                     "timeouts": scope.timeouts,
                     "served_after_wait": scope.served_after_wait,
                     "longest_wait": scope.longest_wait,
+                    "most_held_by_one": scope.most_held_by_one,
                 }
             )
         requests = [
@@ -163,25 +163,6 @@ def _portable(error: BaseException) -> bytes | None:
     return data
 
 
-def _users_traceback(error: BaseException) -> list[str]:
-    """The traceback without the frames of the machinery; a notebook cell is called Cell, not by its temporary file."""
-    from ormscope.places import is_cell, is_user_code
-
-    def trimmed(report: traceback.TracebackException) -> None:
-        frames = [one for one in report.stack if is_user_code(one.filename)]
-        for one in frames:
-            if is_cell(one.filename):
-                one.filename = "Cell"
-        report.stack[:] = frames
-        for other in (report.__cause__, report.__context__, *(report.exceptions or ())):
-            if other is not None:
-                trimmed(other)
-
-    report = traceback.TracebackException.from_exception(error)
-    trimmed(report)
-    return "".join(report.format()).splitlines()
-
-
 def main() -> None:
     """Run one workload, then end the process at once."""
     signal.signal(
@@ -212,10 +193,10 @@ def main() -> None:
             result = workload(*arguments, **options)
         reporter.finish("returned", cloudpickle.dumps(result))
     except BaseException as error:
-        from ormscope.storm import outcome_of
+        from ormscope.tracebacks import outcome_of, users_traceback
 
         reporter.finish(
-            "raised", (_portable(error), outcome_of(error), str(error), _users_traceback(error))
+            "raised", (_portable(error), outcome_of(error), str(error), users_traceback(error))
         )
     sys.stdout.flush()
     sys.stderr.flush()

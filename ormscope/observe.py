@@ -34,6 +34,10 @@ class WorkloadError(Exception):
     """An exception of the workload that could not be carried over: its class and message as text."""
 
 
+class UnsendableError(ValueError):
+    """A workload that cannot be sent to a process of its own; the message says why."""
+
+
 class WorkloadTraceback(Exception):
     """A traceback from the observed process, as text; the cause of the exception that `observe` raises."""
 
@@ -60,9 +64,9 @@ def observe(
     was seen so far is returned.
 
     In a notebook the picture is drawn while the run goes on, and `curves` chooses what it shows, from above.
-    With `live=False` nothing is drawn or said.
+    With `live=False` nothing is drawn or said, and what the run prints is only recorded.
 
-    Raises what the workload raises, with the workload's traceback; ValueError when the workload cannot be sent.
+    Raises what the workload raises, with the workload's traceback; UnsendableError when it cannot be sent.
     """
     recording = Recording(
         title=title or workload.__name__, fuse=fuse, memory_limit=memory_limit, curves=tuple(curves)
@@ -76,7 +80,7 @@ def observe(
         messages = _messages(process)
         memory = MemoryScope(process.pid)
         try:
-            failure = _follow(process, messages, memory, recording, draw, interrupts)
+            failure = _follow(process, messages, memory, recording, live, draw, interrupts)
         finally:
             memory.close()
     if live and recording.ending:
@@ -97,7 +101,7 @@ def _payload(
     try:
         code = cloudpickle.dumps((workload, arguments, options))
     except Exception as error:
-        raise ValueError(
+        raise UnsendableError(
             f"{workload.__name__} cannot be sent to its own process ({error}): "
             "create the engine, the sessions and all that is open inside it, and hand it plain values."
         ) from None
@@ -181,6 +185,7 @@ def _follow(
     messages: queue.SimpleQueue[_Message],
     memory: MemoryScope,
     recording: Recording,
+    live: bool,
     draw: Callable[[], None],
     interrupts: list[int],
 ) -> BaseException | None:
@@ -219,7 +224,8 @@ def _follow(
             _take_in(recording, content)
         elif kind == "printed":
             recording.printed += content
-            print(content, end="")
+            if live:
+                print(content, end="")
         elif kind in ("returned", "raised", "stopped"):
             recording.seconds, end = content
             if kind == "returned":
@@ -258,6 +264,7 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
         curve.timeouts = pool["timeouts"]
         curve.served_after_wait = pool["served_after_wait"]
         curve.longest_wait = pool["longest_wait"]
+        curve.most_held_by_one = pool["most_held_by_one"]
     recording.requests += map(Request._make, seen["requests"])
     recording.announced = seen["announced"]
     recording.loop_lag += seen["loop_lag"]

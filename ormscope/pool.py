@@ -70,7 +70,7 @@ class PoolScope:
 
     `samples` holds the curve (a `Sample` for each change, the last 100,000), `deadlocks` a `Verdict`
     for each deadlock that was proved, `timeouts` how many waits ended in `sqlalchemy.exc.TimeoutError`,
-    `longest_wait` seconds.
+    `longest_wait` seconds, `most_held_by_one` the most connections that one task or thread had at once.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, name: str | None = None) -> None:
@@ -81,6 +81,7 @@ class PoolScope:
         self.timeouts = 0
         self.served_after_wait = 0
         self.longest_wait = 0.0
+        self.most_held_by_one = 0
         self._holders: dict[ConnectionPoolEntry, Holder] = {}
         self._waiters: dict[TaskOrThread, Waiter] = {}
         self._waiting = 0  # of the waiters, those that do not connect yet
@@ -194,6 +195,7 @@ class PoolScope:
             holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner)
             self._holders[record] = record.info[_HOLDER] = holder
             self._held_by[owner.key] += 1
+            self.most_held_by_one = max(self.most_held_by_one, self._held_by[owner.key])
             self._sample(now, pool)
 
     def _gives_up(self, who: TaskOrThread, error: BaseException, pool: Pool) -> None:

@@ -38,6 +38,7 @@ class PoolCurve:
     timeouts: int = 0
     served_after_wait: int = 0
     longest_wait: float = 0.0
+    most_held_by_one: int = 0
 
     @property
     def most_checked_out(self) -> int:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+from ormscope.tracebacks import outcome_of, users_traceback
 
 
 class Request(NamedTuple):
     """One request of a storm. `start` and `end` are in seconds, at first of `time.perf_counter()`.
 
     `outcome` is "ok", or the name of the exception's class with its module ("sqlalchemy.exc.TimeoutError");
-    `error` then is the traceback as text.
+    `error` then is the traceback as text, as far as it leads through the user's code.
     """
 
     number: int
@@ -36,16 +37,6 @@ class StormLog:
 log = StormLog()
 
 
-def outcome_of(error: BaseException) -> str:
-    """The name of an exception's class, with its module unless that is builtins."""
-    kind = type(error)
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )
-
-
 async def storm(
     request: Callable[[int], Any], count: int, *, threads: int | None = None
 ) -> Counter[str]:
@@ -60,7 +51,7 @@ async def storm(
 
     def note(number: int, start: float, error: Exception | None) -> None:
         outcome = "ok" if error is None else outcome_of(error)
-        text = "" if error is None else "".join(traceback.format_exception(error))
+        text = "" if error is None else "\n".join(users_traceback(error))
         ended.append(Request(number, start, time.perf_counter(), outcome, text))
         log.ended.append(ended[-1])
 

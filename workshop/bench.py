@@ -174,13 +174,13 @@ def _exports(url: str, large_url: str) -> None:
 
     runs = [
         (speed(export_columns), speed(export_raw, True), speed(export_raw, False))
-        for _ in range(ROUNDS)
+        for _ in range(PAIRS)
     ]
     by_row = statistics.median(streamed / raw for streamed, raw, _ in runs)
     in_batches = statistics.median(streamed / raw for streamed, _, raw in runs)
     print(
         f"export: {by_row:.2f} of the rows per second of asyncpg's own cursor when columns are streamed (median of"
-        f" {ROUNDS} pairs, wanted: at least 0.90; {in_batches:.2f} of those of its fetch(); {runs[-1][0]:.0f} rows"
+        f" {PAIRS} pairs, wanted: at least 0.90; {in_batches:.2f} of those of its fetch(); {runs[-1][0]:.0f} rows"
         f" per second)"
     )
     peaks = {

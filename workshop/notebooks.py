@@ -1,6 +1,7 @@
 """Run the lessons without a browser: `python3 lab.py run [NN …]` and `python3 lab.py refresh [NN …]`.
 
-`run` saves executed copies and their pictures below `executed/`; `refresh` stores the outputs in place.
+`run` saves executed copies and their pictures below `executed/`; `refresh` stores the outputs in place, also those
+of the solution and the exercise with the same number, which it makes anew.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from workshop.exercises import EXERCISES, ROOT, SOLUTIONS
+from workshop.generator import generated
 from workshop.mistake import Mistake
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("notebooks", "exercises", "solutions")
 EXECUTED = ROOT / "executed"
 CELL_TIMEOUT = 120  # seconds; the longest cell of the lessons takes a tenth of it
 
@@ -138,6 +139,15 @@ def refresh(path: Path) -> None:
     print(f"{path.relative_to(ROOT)}  refreshed in {time.monotonic() - started:.1f} s", flush=True)
 
 
+def refresh_exercise(name: str) -> None:
+    """Refresh the solution with this file name, where there is one, and make the exercise anew from it."""
+    solution, exercise = SOLUTIONS / name, EXERCISES / name
+    if solution.exists():
+        refresh(solution)
+        nbformat.write(generated(nbformat.read(solution, as_version=4)), exercise)
+        refresh(exercise)
+
+
 def main() -> int:
     """Carry out one command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="lab.py")
@@ -148,7 +158,11 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         for path in lessons(arguments.numbers):
-            (run if arguments.command == "run" else refresh)(path)
+            if arguments.command == "run":
+                run(path)
+            else:
+                refresh(path)
+                refresh_exercise(path.name)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 1

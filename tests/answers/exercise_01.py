@@ -1,0 +1,330 @@
+"""Answers to the tasks of exercise 01, right and wrong, as people give them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from sqlalchemy import select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from answers import Answers
+from workshop.database import database_url
+from workshop.shop import Order, OrderLine, Product
+
+
+async def price_of(Session, sku):
+    async with Session() as session:
+        return await session.scalar(select(Product.unit_price).where(Product.sku == sku))
+
+
+async def price_with(session, sku):
+    return await session.scalar(select(Product.unit_price).where(Product.sku == sku))
+
+
+async def nested_order(Session, number, sku):
+    """The order as it was given, under another name: part of many a wrong answer."""
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        price = await price_of(Session, sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+async def reuse(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        session.add(OrderLine(order=order, sku=sku, unit_price=await price_with(session, sku)))
+        await session.commit()
+
+
+async def look_first(Session, number, sku):
+    price = await price_of(Session, sku)
+    async with Session.begin() as session:
+        session.add(
+            Order(household_id=number, lines=[OrderLine(sku=sku, quantity=1, unit_price=price)])
+        )
+
+
+async def finish_first(Session, number, sku):
+    async with Session(expire_on_commit=False) as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.commit()
+        price = await price_of(Session, sku)
+        session.add(OrderLine(order_id=order.id, sku=sku, unit_price=price))
+        await session.commit()
+
+
+async def with_a_generous_door(Session, number, sku):
+    """A door that lets everybody in changes nothing, and is no mistake either."""
+    async with asyncio.Semaphore(1_000):
+        await reuse(Session, number, sku)
+
+
+async def flush_later(Session, number, sku):
+    async with Session() as session:
+        product = await session.get(Product, sku)
+        order = Order(household_id=number)
+        session.add(order)
+        price = await price_of(Session, product.sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+async def price_in_a_task(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        price = await asyncio.create_task(price_of(Session, sku))
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+large = {}
+
+
+async def a_larger_pool(Session, number, sku):
+    if not large:
+        engine = create_async_engine(database_url(), pool_size=100, max_overflow=0)
+        large["Session"] = async_sessionmaker(engine)
+    await nested_order(large["Session"], number, sku)
+
+
+async def an_engine_for_each_order(Session, number, sku):
+    engine = create_async_engine(database_url(), poolclass=NullPool)
+    await nested_order(async_sessionmaker(engine), number, sku)
+
+
+async def more_overflow(Session, number, sku):
+    Session.kw["bind"].pool._max_overflow = 100
+    await nested_order(Session, number, sku)
+
+
+async def another_pool(Session, number, sku):
+    engine = Session.kw["bind"]
+    if not isinstance(engine.sync_engine.pool, NullPool):
+        engine.sync_engine.pool = NullPool(engine.sync_engine.pool._creator)
+    await nested_order(Session, number, sku)
+
+
+async def no_pool_timeout(Session, number, sku):
+    Session.kw["bind"].pool._timeout = 0.001
+    with contextlib.suppress(PoolTimeoutError):
+        await nested_order(Session, number, sku)
+
+
+async def come_later(Session, number, sku):
+    await asyncio.sleep(number % 60 * 0.01)
+    await nested_order(Session, number, sku)
+
+
+lock = asyncio.Lock()
+
+
+async def one_order_at_a_time(Session, number, sku):
+    async with lock:
+        await nested_order(Session, number, sku)
+
+
+async def one_session_at_a_time(Session, number, sku):
+    async with lock:
+        await reuse(Session, number, sku)
+
+
+door = asyncio.Semaphore(9)
+
+
+async def nine_permits(Session, number, sku):
+    async with door:
+        await nested_order(Session, number, sku)
+
+
+async def ignore_the_timeout(Session, number, sku):
+    with contextlib.suppress(PoolTimeoutError):
+        await nested_order(Session, number, sku)
+
+
+async def answer_200_anyway(Session, number, sku):
+    try:
+        await nested_order(Session, number, sku)
+    except Exception:
+        return {"status": 200}
+    return {"status": 200}
+
+
+async def try_again(Session, number, sku):
+    while True:
+        try:
+            return await nested_order(Session, number, sku)
+        except PoolTimeoutError:
+            pass
+
+
+async def try_again_later(Session, number, sku):
+    for _ in range(10):
+        with contextlib.suppress(PoolTimeoutError):
+            return await nested_order(Session, number, sku)
+    return None
+
+
+async def return_at_once(Session, number, sku):
+    return None
+
+
+async def forget_to_commit(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        session.add(OrderLine(order=order, sku=sku, unit_price=await price_with(session, sku)))
+        await session.flush()
+
+
+async def close_first(Session, number, sku):
+    async with Session(expire_on_commit=False) as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.commit()
+        await price_of(Session, sku)
+
+
+async def place_it_twice(Session, number, sku):
+    await reuse(Session, number, sku)
+    await reuse(Session, number, sku)
+
+
+async def the_price_of_bananas(Session, number, sku):
+    async with Session.begin() as session:
+        session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=1)]))
+
+
+kept = []
+
+
+async def never_close(Session, number, sku):
+    session = Session()
+    kept.append(session)
+    price = await price_with(session, sku)
+    session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=price)]))
+    await session.commit()
+    if number % 20 == 0:
+        await price_with(session, sku)
+
+
+async def price_beside_it(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        _, price = await asyncio.gather(session.flush(), price_with(session, sku))
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+# The shelf
+
+
+def behind(sku):
+    return select(Product.sku).where(Product.sku > sku).order_by(Product.sku).limit(5)
+
+
+async def gather_outside(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+    prices = await asyncio.gather(*(price_of(Session, one) for one in skus))
+    return dict(zip(skus, prices, strict=True))
+
+
+async def one_statement(Session, sku):
+    both = select(Product.sku, Product.unit_price).where(Product.sku.in_(behind(sku)))
+    async with Session() as session:
+        return {one.sku: one.unit_price for one in await session.execute(both)}
+
+
+async def one_after_another(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        return {one: await price_with(session, one) for one in skus}
+
+
+async def task_group_inside(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        async with asyncio.TaskGroup() as group:
+            prices = {one: group.create_task(price_of(Session, one)) for one in skus}
+    return {one: price.result() for one, price in prices.items()}
+
+
+async def one_by_one_inside(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        return {one: await price_of(Session, one) for one in skus}
+
+
+async def gather_on_one_session(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        prices = await asyncio.gather(*(price_with(session, one) for one in skus))
+    return dict(zip(skus, prices, strict=True))
+
+
+async def only_three(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku).limit(3))).all()
+        return {one: await price_with(session, one) for one in skus}
+
+
+async def ignore_what_fails(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        prices = await asyncio.gather(
+            *(price_of(Session, one) for one in skus), return_exceptions=True
+        )
+    return dict(zip(skus, prices, strict=True))
+
+
+ANSWERS = {
+    "reuse_the_session": Answers(
+        right=[reuse, look_first, finish_first, with_a_generous_door],
+        wrong=[
+            (flush_later, "holds-and-waits"),
+            (price_in_a_task, "children-count-too"),
+            (a_larger_pool, "bigger-pool"),
+            (an_engine_for_each_order, "engine-per-call"),
+            (more_overflow, "changes-the-pool"),
+            (another_pool, "changes-the-pool"),
+            (no_pool_timeout, "changes-the-pool"),
+            (come_later, "sleeps"),
+            (one_order_at_a_time, "one-at-a-time"),
+            (one_session_at_a_time, "one-at-a-time"),
+            (nine_permits, "door-for-one-size"),
+            (ignore_the_timeout, "swallows-the-timeout"),
+            (answer_200_anyway, "swallows-the-timeout"),
+            (try_again, "retries"),
+            (try_again_later, "retries"),
+            (return_at_once, "success-without-work"),
+            (forget_to_commit, "success-without-work"),
+            (close_first, "half-an-order"),
+            (place_it_twice, "twice"),
+            (the_price_of_bananas, "guesses-the-price"),
+            (never_close, "leaves-it-checked-out"),
+            (price_beside_it, "one-session-many-tasks"),
+        ],
+    ),
+    "enrich_in_parallel": Answers(
+        right=[gather_outside, one_statement, one_after_another],
+        wrong=[
+            (task_group_inside, "children-count-too"),
+            (one_by_one_inside, "holds-and-waits"),
+            (gather_on_one_session, "one-session-many-tasks"),
+            (only_three, "success-without-work"),
+            (ignore_what_fails, "children-count-too"),
+        ],
+    ),
+}

@@ -1,0 +1,14 @@
+"""The checks of the exercises: each runs a learner's code under load, and knows the wrong answers that people give.
+
+One module for each exercise, with the same name; its tasks are called like functions.
+"""
+
+import sys
+
+# A check may be the first cell to run after a restart of the kernel; what is missing then is said in one line.
+if "IPython" in sys.modules:
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    if shell is not None and shell.extension_manager is not None:
+        shell.extension_manager.load_extension("workshop")

@@ -1,0 +1,118 @@
+"""What a check notes in the process in which the learner's code runs, beside what `observe` sees from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_cursor
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import QueuePool
+
+from ormscope.places import is_user_code, place
+from ormscope.stacks import sleeping_frames
+from ormscope.waitgraph import awaited_future
+
+LOAD_SECONDS = 4.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
+_LOOK_SECONDS = 0.02
+_ASYNCIO = os.path.dirname(asyncio.__file__)
+_QUEUES = {
+    function.__code__
+    for function in (asyncio.Lock.acquire, asyncio.Semaphore.acquire, asyncio.Event.wait)
+}
+# The driver's adapter lets one task at a time use a connection; whoever stands here shares it with another.
+_SHARING = {
+    (asyncio.Lock.acquire.__code__, function.__code__)
+    for function in (
+        AsyncAdapt_asyncpg_cursor._prepare_and_execute,
+        AsyncAdapt_asyncpg_cursor._executemany,
+    )
+}
+
+
+@dataclass
+class Evidence:
+    """What was noted while the learner's code ran.
+
+    `ended` says whether the code came to an end within LOAD_SECONDS. `sleepers` and `queuers` are the most tasks
+    at once that slept by the clock, or stood before a lock or semaphore of the learner's own, and `sleeps_at` and
+    `queues_at` where; `sharers` those that wanted a connection which another task was just using. `tampered` says
+    whether a pool that was lent to the code came back changed, `left_out` how many of their connections did not
+    come back, and `collections` how many full garbage collections there were.
+    """
+
+    ended: bool = True
+    sleepers: int = 0
+    sleeps_at: str = ""
+    queuers: int = 0
+    queues_at: str = ""
+    sharers: int = 0
+    tampered: bool = False
+    left_out: int = 0
+    collections: int = 0
+
+
+@asynccontextmanager
+async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
+    """Note what happens from here to the end of the block; `engines` are those that the learner's code is lent.
+
+    What has not ended after LOAD_SECONDS is cancelled.
+    """
+    noted = Evidence()
+    pools = [engine.pool for engine in engines]
+    before = [_settings(engine) for engine in engines]
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        noted.collections += phase == "start" and info["generation"] == 2
+
+    gc.callbacks.append(count)
+    watcher = asyncio.create_task(_watch(noted), name="the check")
+    try:
+        async with asyncio.timeout(LOAD_SECONDS):
+            yield noted
+    except TimeoutError:
+        noted.ended = False
+    finally:
+        watcher.cancel()
+        gc.callbacks.remove(count)
+        noted.tampered = before != [_settings(engine) for engine in engines]
+        noted.left_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
+
+
+def _settings(engine: AsyncEngine) -> tuple[Any, ...]:
+    pool = engine.pool
+    # PoolScope puts a class of its own before the pool's.
+    settings = (getattr(pool, name, None) for name in ("_max_overflow", "_timeout", "_pre_ping"))
+    return id(pool), type(pool).__mro__[1], *settings
+
+
+async def _watch(noted: Evidence) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        sleep_at, queue_at, sharing = [], [], 0
+        for task in asyncio.all_tasks():
+            if awaited_future(task) is None:
+                continue
+            frames = sleeping_frames(task)
+            callers = [one for one in frames if not one.f_code.co_filename.startswith(_ASYNCIO)]
+            if not callers or callers[-1] is frames[-1]:
+                continue
+            innermost, caller = frames[-1].f_code, callers[-1]
+            if not is_user_code(caller.f_code.co_filename):
+                sharing += (innermost, caller.f_code) in _SHARING
+                continue
+            where = place((caller.f_code, caller.f_lineno)).short
+            if innermost is asyncio.sleep.__code__:
+                sleep_at.append(where)
+            elif innermost in _QUEUES:
+                queue_at.append(where)
+        if len(sleep_at) > noted.sleepers:
+            noted.sleepers, noted.sleeps_at = len(sleep_at), max(sleep_at)
+        if len(queue_at) > noted.queuers:
+            noted.queuers, noted.queues_at = len(queue_at), max(queue_at)
+        noted.sharers = max(noted.sharers, sharing)
