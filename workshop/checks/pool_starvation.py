@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
     async_sessionmaker,
-    create_async_engine,
 )
 
 from ormscope import Recording, storm
 from workshop.checks.evidence import evidence
+from workshop.checks.lent import engine_of, forget_orders, own_households
 from workshop.checks.pool_rules import wrong_use_of_pools
 from workshop.checks.task import Finding, Task
-from workshop.shop import AuditEntry, Order, OrderLine, Product
-
-POOL_TIMEOUT = 1.5  # seconds; long for what moves, short for what does not
+from workshop.shop import Order, OrderLine, Product
 
 Handler = Callable[..., Any]
-
-
-def engine_of(url: str, capacity: int, name: str = "the shop") -> AsyncEngine:
-    """An engine as the exercises lend it."""
-    return create_async_engine(
-        url,
-        pool_size=capacity,
-        max_overflow=0,
-        pool_timeout=POOL_TIMEOUT,
-        pool_logging_name=name,
-    )
-
-
-def own_households() -> range:
-    """Household numbers that no other process uses: the customers of one load."""
-    first = 1_000_000_000 + os.getpid() % 100_000 * 10_000
-    return range(first, first + 10_000)
-
-
-async def forget_orders(connection: AsyncConnection, customers: range) -> None:
-    """Delete the orders of these households, with all that belongs to them, and commit."""
-    ours = Order.household_id.between(customers[0], customers[-1])
-    orders = select(Order.id).where(ours)
-    for table in (OrderLine, AuditEntry):
-        await connection.execute(delete(table).where(table.order_id.in_(orders)))
-    await connection.execute(delete(Order).where(ours))
-    await connection.commit()
 
 
 # reuse_the_session
