@@ -192,7 +192,7 @@ def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
         )
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, labels, top, gap=0.11)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
 def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
@@ -226,7 +226,7 @@ def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
         top,
         gap=0.19,
     )
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
 
 
 def _most_memory(recording: Recording) -> float:
@@ -251,7 +251,7 @@ def _draw_memory(axes: Axes, recording: Recording, top: float) -> None:
         labels.append((max(extra), f"peak {max(extra):.0f}", CAPACITY))
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, labels, top, gap=0.13)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
 def _most_objects(recording: Recording) -> float:
@@ -268,7 +268,7 @@ def _draw_objects(axes: Axes, recording: Recording, top: float) -> None:
         labels.append((max(alive), f"most {_thousands(max(alive))}", OBJECTS))
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, labels, top, gap=0.2)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda value, _: _thousands(value))
 
 

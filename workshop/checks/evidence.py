@@ -43,7 +43,8 @@ class Evidence:
     at once that slept by the clock, or stood before a lock or semaphore of the learner's own, and `sleeps_at` and
     `queues_at` where; `sharers` those that wanted a connection which another task was just using. `tampered` says
     whether a pool that was lent to the code came back changed, `left_out` how many of their connections did not
-    come back, and `collections` how many full garbage collections there were.
+    come back, `left_running` how many tasks the code left behind, and `collections` how many full garbage
+    collections there were.
     """
 
     ended: bool = True
@@ -54,6 +55,7 @@ class Evidence:
     sharers: int = 0
     tampered: bool = False
     left_out: int = 0
+    left_running: int = 0
     collections: int = 0
 
 
@@ -71,10 +73,12 @@ async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
         noted.collections += phase == "start" and info["generation"] == 2
 
     gc.callbacks.append(count)
+    known = asyncio.all_tasks()
     watcher = asyncio.create_task(_watch(noted), name="the check")
     try:
         async with asyncio.timeout(LOAD_SECONDS):
             yield noted
+            noted.left_running = len(asyncio.all_tasks() - known - {watcher})
     except TimeoutError:
         noted.ended = False
     finally:

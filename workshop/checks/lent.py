@@ -12,7 +12,7 @@ from workshop.shop import AuditEntry, Order, OrderLine
 POOL_TIMEOUT = 1.5  # seconds; long for what moves, short for what does not
 
 
-def engine_of(url: str, capacity: int, name: str = "the shop") -> AsyncEngine:
+def engine_of(url: str, capacity: int, name: str = "shop") -> AsyncEngine:
     """An engine as the exercises lend it."""
     return create_async_engine(
         url,

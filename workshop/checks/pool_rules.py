@@ -42,6 +42,11 @@ def wrong_use_of_pools(run: Recording, lent: int, done: int) -> Finding | None:
         return Finding("retries", "The pool raised TimeoutError, and your code tried again.")
     if run.deadlocks:
         return _deadlock(run.deadlocks[0], noted["queuers"], noted["queues_at"])
+    if noted["left_running"]:
+        return Finding(
+            "fire-and-forget",
+            f"{noted['left_running']} tasks were still at work when all calls had ended.",
+        )
     if noted["left_out"]:
         return Finding(
             "leaves-it-checked-out",
