@@ -1,4 +1,4 @@
-"""Lesson 01 as a learner meets it: in a real JupyterLab, in Chromium.
+"""Lesson 01 and exercise 01 as a learner meets them: in a real JupyterLab, in Chromium.
 
 The environment variable SCREENSHOTS names a folder for pictures of it, to be looked at by a person.
 """
@@ -22,7 +22,8 @@ from leftovers import assert_nothing_is_left, await_that
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-LESSON = "01_pool_starvation.ipynb"
+LESSON = ROOT / "notebooks" / "01_pool_starvation.ipynb"
+EXERCISE = ROOT / "exercises" / "01_pool_starvation.ipynb"
 TOKEN = "browser-test"
 PROJECTOR = {"width": 1280, "height": 720}
 PATIENCE = 60_000  # milliseconds for what has to come, on a busy machine
@@ -85,13 +86,13 @@ def browser() -> Iterator[Browser]:
 
 
 class JupyterLab:
-    """A JupyterLab of its own on a copy of the lesson, with nobody's settings."""
+    """A JupyterLab of its own on a copy of one notebook, with nobody's settings."""
 
-    def __init__(self, sandbox: Path) -> None:
+    def __init__(self, sandbox: Path, notebook: Path) -> None:
         self.temporary = sandbox / "tmp"
-        self.lesson = sandbox / "lessons" / LESSON
+        self.lesson = sandbox / "lessons" / notebook.name
         self.lesson.parent.mkdir()
-        shutil.copy(ROOT / "notebooks" / LESSON, self.lesson)
+        shutil.copy(notebook, self.lesson)
         for name, setting in SETTINGS.items():
             path = sandbox / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ class JupyterLab:
     def url(self) -> str:
         """The address of the lesson, once the server listens."""
         assert await_that(self.is_listening, PATIENCE / 1000), self.log.read_text("utf-8")
-        return f"http://127.0.0.1:{self.port}/lab/tree/{LESSON}?token={TOKEN}"
+        return f"http://127.0.0.1:{self.port}/lab/tree/{self.lesson.name}?token={TOKEN}"
 
     def stop(self) -> None:
         """End it as a closed terminal or `kill` does; it ends its kernels."""
@@ -142,8 +143,8 @@ class JupyterLab:
 
 
 @pytest.fixture
-def jupyterlab(sandbox: Path) -> Iterator[JupyterLab]:
-    running = JupyterLab(sandbox)
+def jupyterlab(sandbox: Path, request: pytest.FixtureRequest) -> Iterator[JupyterLab]:
+    running = JupyterLab(sandbox, getattr(request, "param", LESSON))
     yield running
     running.stop()
     assert_nothing_is_left(running.temporary)
@@ -160,13 +161,10 @@ def page(browser: Browser) -> Iterator[Page]:
 def open_lesson(page: Page, jupyterlab: JupyterLab) -> None:
     """Open the lesson and wait until its kernel is ready."""
     page.goto(jupyterlab.url)
-    expect(kernel_indicator(page, "idle")).to_be_visible(timeout=PATIENCE)
+    # The notebook's own indicator is idle before there is a kernel, and "Run All" would then ask for one.
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=PATIENCE)
     cells = nbformat.read(jupyterlab.lesson, as_version=4).cells
     expect(page.locator(".jp-Notebook-cell")).to_have_count(len(cells), timeout=PATIENCE)
-
-
-def kernel_indicator(page: Page, status: str) -> Locator:
-    return page.locator(f".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status={status}]")
 
 
 def choose(page: Page, *path: str) -> None:
@@ -276,3 +274,62 @@ def test_stop_button_ends_a_starved_cell(page: Page, jupyterlab: JupyterLab) -> 
     expect(output).to_contain_text("20 of 20 checked out, 20 at the end", timeout=PATIENCE)
     expect(output).to_contain_text("requests: 0 of 200 completed")
     expect(output).to_contain_text(interrupted)
+
+
+NESTED = """async def place_order(Session, number, sku):
+    price = await price_of(Session, sku)
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        await price_of(Session, sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+"""
+RIGHT = NESTED.replace("        await price_of(Session, sku)\n", "")
+
+
+@pytest.mark.parametrize("jupyterlab", [EXERCISE], indirect=True, ids=["exercise"])
+def test_exercise_from_the_first_run_to_the_proof(
+    page: Page, jupyterlab: JupyterLab, tmp_path: Path
+) -> None:
+    """Unsolved, then a wrong answer and its misconception, then a right one and its proof; nothing else is needed."""
+    open_lesson(page, jupyterlab)
+    choose(page, "Edit", "Clear Outputs of All Cells")
+    choose(page, "Run", "Run All Cells")
+    check = cell_with(page, jupyterlab, "check.reuse_the_session(")
+    output = check.locator(".jp-OutputArea-output")
+    expect(output).to_contain_text(
+        "NOT ATTEMPTED: place_order is still as it was given", timeout=PATIENCE
+    )
+    expected = page.locator(".jp-MarkdownOutput img").first
+    expect(expected).to_have_attribute("alt", re.compile(r"^as given\. .* yours\. "))
+    assert expected.evaluate("image => image.naturalWidth") > 800
+
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    function = cell_with(page, jupyterlab, "async def place_order(")
+    for name, answer, first, then in (
+        (
+            "wrong",
+            NESTED,
+            "WRONG: You think that a second connection is harmless",
+            "price_of, line 3",
+        ),
+        ("right", RIGHT, "RIGHT: 60 of 60 orders placed with 10 connections", "0 timeouts"),
+    ):
+        helper = "async def price_of(Session, sku):\n    async with Session() as session:\n        "
+        helper += "return await session.scalar(select(Product.unit_price).where(Product.sku == sku))\n\n\n"
+        function.locator(".cm-content").click()
+        page.keyboard.press("Control+A")
+        page.keyboard.insert_text(helper + answer)
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.press("Shift+Enter")  # the check is the next cell
+        expect(output.first).to_contain_text(first, timeout=PATIENCE)
+        expect(output.first).to_contain_text(then)
+        check.scroll_into_view_if_needed()
+        page.screenshot(path=folder / f"exercise_01_{name}.png")
+    picture = output.locator("img")
+    expect(picture).to_have_count(1, timeout=PATIENCE)
+    picture.scroll_into_view_if_needed()
+    page.screenshot(path=folder / "exercise_01_proof.png")

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import linecache
-from collections.abc import Callable
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
+import nbformat
+import psutil
 import pytest
 from answers import Answers
+from leftovers import await_that
+from nbclient import NotebookClient
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from workshop import database, exercises
-from workshop.checks.catalogue import misconceptions
+from workshop import generator as generator_module
+from workshop.checks.catalogue import Misconception, misconceptions
 from workshop.checks.task import Task
 from workshop.database import Server
+
+ROOT = Path(__file__).parents[1]
 
 MODULES = {
     number: importlib.import_module(f"answers.exercise_{number}") for number in exercises.numbers()
@@ -89,5 +107,345 @@ def test_code_that_raises(task: Task, answers: Answers, module: Any) -> None:
 
 @each_task
 def test_code_that_never_ends(task: Task, answers: Answers, module: Any) -> None:
-    outcome = task.check(written("while True: pass", module, task))
+    given = exercises.given_functions(task.exercise)[task.function]
+    is_async = isinstance(given, ast.AsyncFunctionDef)
+    source = "await __import__('asyncio').Event().wait()" if is_async else "while True: pass"
+    outcome = task.check(written(source, module, task))
     assert (outcome.kind, outcome.misconception) == ("wrong", "never-ends"), outcome
+
+
+def test_code_that_blocks_the_event_loop() -> None:
+    outcome = TASK.check(written("while True: pass", MODULE, TASK))
+    assert (outcome.kind, outcome.misconception) == ("wrong", "never-ends"), outcome
+
+
+# The catalogue
+
+
+def test_every_misconception_is_drawn_by_a_wrong_answer() -> None:
+    drawn = {name for _, answers, _ in TASKS.values() for _, name in answers.wrong}
+    assert drawn | {"never-ends"} == set(misconceptions())
+    assert len(drawn) >= 25
+
+
+@pytest.mark.parametrize("about", misconceptions().values(), ids=misconceptions())
+def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
+    (lesson,) = (ROOT / "notebooks").glob(f"{about.lesson}_*.ipynb")
+    cells = nbformat.read(lesson, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert about.section in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    assert about.idea.startswith("You think that ") and about.says.endswith(".")
+
+
+@each_task
+def test_hints_come_one_at_a_time_and_then_the_solution(
+    task: Task,
+    answers: Answers,
+    module: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(task, "_hints_shown", 0)
+    monkeypatch.setattr(exercises, "PROGRESS", tmp_path / "progress.json")
+    assert 2 <= len(task.hints) <= 3
+    task.show_solution()
+    assert capsys.readouterr().out.startswith("Not yet:")
+    for number in range(1, len(task.hints) + 1):
+        task.hint()
+        printed = " ".join(capsys.readouterr().out.split())
+        assert all(hint in printed for hint in task.hints[:number])
+        assert not any(hint in printed for hint in task.hints[number:])
+    task.show_solution()
+    printed = capsys.readouterr().out
+    assert exercises.solution_of(task.exercise, task.name)
+    assert all(one in printed for one in exercises.solution_of(task.exercise, task.name))
+
+
+# What learners do besides
+
+
+TASK, ANSWERS, MODULE = TASKS["01-reuse_the_session"]
+
+
+def ordinary(Session: Any, number: int, sku: int) -> None: ...
+async def generator(Session: Any, number: int, sku: int) -> AsyncIterator[int]:
+    yield number
+
+
+async def other_arguments(Session: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (ordinary, "begin it with `async def`"),
+        (generator, "do not `yield` in it"),
+        (other_arguments, "wanted is place_order(Session, number, sku)"),
+        (None, "place_order is no function but NoneType"),
+        ("place_order", "place_order is no function but str"),
+    ],
+    ids=["ordinary", "generator", "arguments", "None", "text"],
+)
+def test_what_cannot_be_an_answer(answer: Any, sentence: str) -> None:
+    outcome = TASK.check(answer)
+    assert outcome.kind == "raised"
+    assert sentence in outcome.text and "\n" not in outcome.text
+
+
+def test_a_call_instead_of_the_function() -> None:
+    outcome = TASK.check(ANSWERS.right[0](None, 1, 2))
+    assert (outcome.kind, outcome.text) == (
+        "raised",
+        "you called place_order; the check wants the function itself, without ().",
+    )
+
+
+def test_code_that_cannot_be_sent() -> None:
+    answer = written("return guard", MODULE, TASK)
+    answer.__globals__["guard"] = threading.Lock()
+    outcome = TASK.check(answer)
+    assert outcome.kind == "raised"
+    assert "cannot run in a process of its own" in outcome.text and "\n" not in outcome.text
+
+
+def test_stray_prints_stay_out_of_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = TASK.check(written("print('here'); await reuse(Session, number, sku)", MODULE, TASK))
+    assert outcome.kind == "right"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_comment_is_no_attempt() -> None:
+    given = exercises.given_functions("01")["place_order"]
+    body = "\n".join(map(ast.unparse, given.body)).replace("\n", "\n    ")
+    assert TASK.check(written(f"# what now?\n    {body}", MODULE, TASK)).kind == "not attempted"
+
+
+def test_an_interrupted_check(server: Server) -> None:
+    """■ ends it, and nothing is left of it."""
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    outcome = TASK.check(written("while True: pass", MODULE, TASK))
+    timer.join()
+    assert outcome.kind == "stopped"
+    assert observed() == []
+
+
+def test_checks_leave_nothing_running(server: Server) -> None:
+    """Again and again, whatever the answer does."""
+    texts = {str(TASK.check(one)) for one in [MODULE.nine_permits, *[MODULE.return_at_once] * 9]}
+    assert len(texts) == 2, "the feedback differs from run to run"
+    assert observed() == []
+    assert await_that(lambda: asyncio.run(_clients(server.url)) == 0, 3)
+
+
+def observed() -> list[psutil.Process]:
+    return [
+        one for one in psutil.Process().children() if "ormscope.child" in " ".join(one.cmdline())
+    ]
+
+
+async def _clients(url: str) -> int:
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        others = await connection.scalar(
+            text(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+        )
+    await engine.dispose()
+    return others or 0
+
+
+CHECK = (
+    "from workshop.checks import pool_starvation as check\n\ncheck.reuse_the_session(place_order)"
+)
+
+
+def run_cells(*sources: str) -> list[str]:
+    """What cells show in a fresh kernel, one after another, also after one that fails."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in sources])
+    NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=120).execute(
+        stderr=subprocess.DEVNULL
+    )
+    return [
+        "".join(
+            "\n".join(one.traceback) if one.output_type == "error" else one.get("text", "")
+            for one in cell.outputs
+        )
+        for cell in notebook.cells
+    ]
+
+
+def test_a_check_in_a_restarted_kernel() -> None:
+    """The check is the first cell to run: one line says what is missing."""
+    (shown,) = run_cells(CHECK)
+    assert shown.startswith("name 'place_order' is not defined. Run the cells above first")
+    assert "\n" not in shown
+
+
+def test_a_syntax_error_in_the_last_version() -> None:
+    """The check does not judge the version before it as if it were the last."""
+    given = "async def place_order(Session, number, sku):\n    pass"
+    *_, shown, mended = run_cells(
+        "%load_ext workshop",
+        given,
+        "async def place_order(Session, number, sku):\n    async with Session() as session\n        pass",
+        CHECK,
+        given + "\n\nplace_order = 1",
+    )
+    assert shown.startswith("RAISED: the last version of place_order has a syntax error (line 2:")
+    assert mended == ""
+
+
+# Made from the solutions
+
+
+each_exercise = pytest.mark.parametrize("number", exercises.numbers())
+
+
+def exercise_path(number: str) -> Path:
+    return exercises.EXERCISES / exercises.path_of(number).name
+
+
+@each_exercise
+def test_an_exercise_is_what_its_solution_makes(number: str) -> None:
+    path = exercise_path(number)
+    if os.environ.get("CI") != "true" and not generator_module.is_as_made(path):
+        pytest.skip(f"{path.name} has been worked on; `python3 lab.py reset {number}` undoes that")
+    assert generator_module.is_as_made(path)
+
+
+@each_exercise
+def test_no_text_of_a_solution_is_in_its_exercise(number: str) -> None:
+    solution = nbformat.read(exercises.path_of(number), as_version=4)
+    hidden, shown = [
+        {
+            line.strip()
+            for cell in solution.cells
+            if ("solution" in cell.metadata.get("tags", [])) is in_solution
+            for line in cell.source.splitlines()
+        }
+        for in_solution in (True, False)
+    ]
+    telling = {line for line in hidden - shown if len(line) > 10}
+    assert telling
+    text = "\n".join(cell.source for cell in generator_module.generated(solution).cells)
+    assert [line for line in telling if line in text] == []
+
+
+@each_exercise
+def test_an_exercise_shows_what_to_expect(number: str) -> None:
+    """The picture of each solved check, with its text alternative."""
+    exercise = generator_module.generated(nbformat.read(exercises.path_of(number), as_version=4))
+    expected = [cell for cell in exercise.cells if cell.get("attachments")]
+    assert len(expected) == len(exercises.tasks(number))
+    assert all(re.search(r"!\[as given\. .{20,}\]\(attachment:", one.source) for one in expected)
+
+
+@each_exercise
+def test_each_task_has_its_cells(number: str) -> None:
+    """A function to mend, a check, a solution that the check calls right."""
+    solution = nbformat.read(exercises.path_of(number), as_version=4)
+    tasks = exercises.tasks(number)
+    assert 2 <= len(tasks) <= 4
+    checks = {cell.id: cell for cell in solution.cells if cell.id.startswith("check-")}
+    assert list(checks) == [f"check-{name.replace('_', '-')}" for name in tasks]
+    for name, task in tasks.items():
+        assert task.function in exercises.given_functions(number)
+        assert exercises.solution_of(number, name)
+        cell = checks[f"check-{name.replace('_', '-')}"]
+        assert f"check.{name}({task.function})" in cell.source
+        assert cell.outputs[0].text.startswith("RIGHT: ")
+
+
+# Nothing is lost
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what progress and resets need."""
+    for name in ("workshop", "ormscope", "solutions", "exercises"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("kept", "progress.json")
+        )
+    return tmp_path
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def sources(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+def test_reset_keeps_the_version_of_the_learner(checkout: Path) -> None:
+    """Each under a name of its own, also what is no notebook any more."""
+    path = checkout / "exercises" / exercise_path("01").name
+    as_made = sources(path)
+    versions = [path.read_bytes().replace(b"place_order", b"put_order"), b'{"cells": [', b""]
+    for number, version in enumerate(versions, 1):
+        path.write_bytes(version)
+        done = run(checkout, "workshop.generator", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        kept = sorted((checkout / "exercises" / "kept").iterdir())
+        assert len(kept) == number
+        assert [one for one in kept if one.name in done.stdout]
+        assert sources(path) == as_made
+    assert sorted(one.read_bytes() for one in kept) == sorted(versions)
+    done = run(checkout, "workshop.generator", "01")
+    assert done.stdout == f"exercises/{path.name} is as it was made.\n"
+
+
+def test_reset_of_an_exercise_that_is_gone_or_never_was(checkout: Path) -> None:
+    path = checkout / "exercises" / exercise_path("01").name
+    path.unlink()
+    assert run(checkout, "workshop.generator", "01").returncode == 0
+    assert path.exists()
+    done = run(checkout, "workshop.generator", "42")
+    known = ", ".join(exercises.numbers())
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"There is no exercise 42; there are {known}.\n",
+    )
+
+
+def test_progress(checkout: Path) -> None:
+    """What is right stays right, what is no try is not noted, and only the learner's own notebooks count."""
+    note = (
+        "from workshop.exercises import note\n"
+        "for kind in {kinds}: note('01', 'reuse_the_session', kind)"
+    )
+    total = sum(len(exercises.tasks(number)) for number in exercises.numbers())
+
+    def after(folder: str, *kinds: str) -> tuple[str, str]:
+        subprocess.run(
+            [sys.executable, "-c", note.format(kinds=list(kinds))],
+            cwd=checkout / folder,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+            check=True,
+        )
+        lines = run(checkout, "workshop.exercises").stdout.splitlines()
+        assert len(lines) == total + 1
+        return lines[0].split()[-1], lines[-1]
+
+    nothing, one = f"0 of {total} tasks done", f"1 of {total} tasks done"
+    assert after("exercises", "not attempted", "stopped") == ("open", nothing)
+    assert after("solutions", "right") == ("open", nothing)
+    assert after("exercises", "raised", "wrong") == ("tried", nothing)
+    assert after("exercises", "right", "wrong") == ("done", one)
+    (checkout / "exercises" / "progress.json").write_text('{"01": {', "utf-8")
+    assert after("exercises", "stopped") == ("open", nothing)
+
+
+def test_progress_and_kept_versions_are_ignored_by_git() -> None:
+    for path in ("exercises/progress.json", "exercises/kept/01_pool_starvation.ipynb"):
+        assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT).returncode == 0

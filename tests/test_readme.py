@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LESSONS = re.findall(r"^\| \d\d \| \[.+?\]\((.+?)\).*\| (\d+) \|$", README, re.MULTILINE)
+NOTEBOOKS = re.findall(r"^\| \d\d \| \[(.+?)\]\((.+?)\).*\| (\d+) \|$", README, re.MULTILINE)
 CLAIMS = re.findall(
     r"^\| (\w\d+\w?) \| .+? \| (true|half true|false|broken code) \| \[.+?\]\((.+?)#cell-id=(.+?)\) \|$",
     README,
@@ -23,15 +23,19 @@ def cells(path: str) -> list[Any]:
     return list(nbformat.read(ROOT / path, as_version=4).cells)
 
 
-def test_every_lesson_is_in_the_table() -> None:
-    assert [path for path, _ in LESSONS] == sorted(
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb")
-    )
+def test_every_lesson_and_exercise_is_in_a_table() -> None:
+    assert [path for _, path, _ in NOTEBOOKS] == [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("notebooks", "exercises")
+        for path in sorted((ROOT / folder).glob("*.ipynb"))
+    ]
 
 
-@pytest.mark.parametrize("path, minutes", LESSONS)
-def test_minutes_of_a_lesson(path: str, minutes: str) -> None:
-    assert f"**Time.** {minutes} minutes" in cells(path)[0].source
+@pytest.mark.parametrize("title, path, minutes", NOTEBOOKS)
+def test_title_and_minutes(title: str, path: str, minutes: str) -> None:
+    opening = cells(path)[0].source
+    assert f"**Time.** {minutes} minutes" in opening
+    assert opening.splitlines()[0].endswith(f" {title}")
 
 
 def test_every_claim_that_a_cell_judges_is_in_the_table() -> None:

@@ -110,16 +110,26 @@ def note(exercise: str, task: str, kind: str) -> None:
     os.replace(new, PROGRESS)
 
 
+def state() -> dict[str, dict[str, str]]:
+    """For each exercise, each of its tasks: "done", "tried" or "open"."""
+    marks = {"right": "done", "wrong": "tried", "raised": "tried"}
+    noted = _done()
+    return {
+        number: {
+            name: marks.get(noted.get(number, {}).get(name, ""), "open") for name in tasks(number)
+        }
+        for number in numbers()
+    }
+
+
 def progress() -> None:
     """Print each task of each exercise, and whether it is done."""
-    marks = {"right": "done", "wrong": "tried", "raised": "tried"}
-    done = _done()
-    found = {number: list(tasks(number)) for number in numbers()}
+    found = state()
     for number, names in found.items():
-        for name in names:
-            print(f"{number}  {name:<28} {marks.get(done.get(number, {}).get(name, ''), '-')}")
-    finished = sum(is_done(number, name) for number, names in found.items() for name in names)
-    print(f"{finished} of {sum(map(len, found.values()))} tasks done")
+        for name, mark in names.items():
+            print(f"{number}  {name:<24} {mark}")
+    marks = [mark for names in found.values() for mark in names.values()]
+    print(f"{marks.count('done')} of {len(marks)} tasks done")
 
 
 if __name__ == "__main__":

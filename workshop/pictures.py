@@ -13,6 +13,7 @@ from ormscope.picture import (
     COMPLETED,
     LOOP_LAG,
     MEMORY,
+    OBJECTS,
     WAITING,
     Picture,
     look,
@@ -150,3 +151,23 @@ def _bars(names: Sequence[str], panels: Sequence[tuple[str, str, str, Sequence[f
             axes.grid(visible=False, axis="y")
         row[0].invert_yaxis()
     return figure
+
+
+def progress_board(state: Mapping[str, Mapping[str, str]]) -> Picture:
+    """What is done of the exercises: a row for each task, as `workshop.exercises.state` tells them."""
+    rows = [(number, *task) for number, tasks in state.items() for task in tasks.items()]
+    looks = {"done": (COMPLETED, "●"), "tried": (LOOP_LAG, "◐"), "open": (OBJECTS, "○")}
+    with look():
+        figure = new_figure(10, 0.4 + 0.4 * max(len(rows), 1))
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set_xlim(0, 10)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        for row, (number, name, mark) in enumerate(rows):
+            color, sign = looks[mark]
+            axes.text(0, row, number, va="center", weight="bold")
+            axes.text(0.7, row, name.replace("_", " "), va="center")
+            axes.text(5, row, f"{sign}  {mark}", va="center", color=color, weight="bold")
+    done = [name for _, name, mark in rows if mark == "done"]
+    alternative = f"{len(done)} of {len(rows)} tasks of the exercises are done: {', '.join(done) or 'none yet'}."
+    return Picture(figure, "what is done of the exercises", alternative)

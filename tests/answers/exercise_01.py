@@ -62,6 +62,21 @@ async def finish_first(Session, number, sku):
         await session.commit()
 
 
+prices = {}
+
+
+async def prices_from_a_pool_of_their_own(Session, number, sku):
+    if not prices:
+        prices["Session"] = async_sessionmaker(create_async_engine(database_url(), pool_size=2))
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        price = await price_of(prices["Session"], sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
 async def with_a_generous_door(Session, number, sku):
     """A door that lets everybody in changes nothing, and is no mistake either."""
     async with asyncio.Semaphore(1_000):
@@ -112,6 +127,11 @@ async def another_pool(Session, number, sku):
     engine = Session.kw["bind"]
     if not isinstance(engine.sync_engine.pool, NullPool):
         engine.sync_engine.pool = NullPool(engine.sync_engine.pool._creator)
+    await nested_order(Session, number, sku)
+
+
+async def never_count(Session, number, sku):
+    Session.kw["bind"].pool._inc_overflow = lambda: True
     await nested_order(Session, number, sku)
 
 
@@ -291,7 +311,13 @@ async def ignore_what_fails(Session, sku):
 
 ANSWERS = {
     "reuse_the_session": Answers(
-        right=[reuse, look_first, finish_first, with_a_generous_door],
+        right=[
+            reuse,
+            look_first,
+            finish_first,
+            with_a_generous_door,
+            prices_from_a_pool_of_their_own,
+        ],
         wrong=[
             (flush_later, "holds-and-waits"),
             (price_in_a_task, "children-count-too"),
@@ -299,6 +325,7 @@ ANSWERS = {
             (an_engine_for_each_order, "engine-per-call"),
             (more_overflow, "changes-the-pool"),
             (another_pool, "changes-the-pool"),
+            (never_count, "changes-the-pool"),
             (no_pool_timeout, "changes-the-pool"),
             (come_later, "sleeps"),
             (one_order_at_a_time, "one-at-a-time"),

@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_cursor
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -25,6 +25,7 @@ _QUEUES = {
     function.__code__
     for function in (asyncio.Lock.acquire, asyncio.Semaphore.acquire, asyncio.Event.wait)
 }
+_POOL_FUNCTIONS = ("connect", "_do_get", "_do_return_conn", "_inc_overflow", "_create_connection")
 # The driver's adapter lets one task at a time use a connection; whoever stands here shares it with another.
 _SHARING = {
     (asyncio.Lock.acquire.__code__, function.__code__)
@@ -88,11 +89,14 @@ async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
         noted.left_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
 
 
-def _settings(engine: AsyncEngine) -> tuple[Any, ...]:
+def _settings(engine: AsyncEngine) -> list[object]:
+    """What tells a pool that was changed or exchanged from the one that was lent."""
     pool = engine.pool
-    # PoolScope puts a class of its own before the pool's.
-    settings = (getattr(pool, name, None) for name in ("_max_overflow", "_timeout", "_pre_ping"))
-    return id(pool), type(pool).__mro__[1], *settings
+    numbers = [getattr(pool, name, None) for name in ("_max_overflow", "_timeout", "_pre_ping")]
+    classes = type(pool).__mro__[1:]  # PoolScope puts one of its own before the pool's
+    functions = [vars(one).get(name) for one in classes for name in _POOL_FUNCTIONS]
+    own = [name for name in _POOL_FUNCTIONS if name in vars(pool)]
+    return [id(pool), numbers, classes, functions, own]
 
 
 async def _watch(noted: Evidence) -> None:

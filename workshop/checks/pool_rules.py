@@ -19,15 +19,24 @@ def wrong_use_of_pools(run: Recording, lent: int, done: int) -> Finding | None:
     noted, pool, asked = run.result, run.pools[0], run.announced
     if noted["tampered"]:
         return Finding("changes-the-pool", "The pool came back with other settings than it had.")
-    if own := run.pools[lent:]:
-        return _engines_of_its_own([one.capacity for one in own])
+    own = run.pools[lent:]
+    if len(own) > _MANY_ENGINES or any(one.capacity is None for one in own):
+        return Finding("engine-per-call", "Your code made engines of its own, again and again.")
+    # A pool of its own for the inner work is a remedy; one for all of it is only a larger one.
+    if own and pool.most_checked_out <= 1 < (pool.capacity or 0):
+        total = sum(one.capacity or 0 for one in own)
+        return Finding(
+            "bigger-pool",
+            f"Your code made an engine of its own, with {total} connections, and did all its work there.",
+        )
     if noted["sharers"] or any(text in one.error for one in run.requests for text in _SHARING):
         return Finding(
             "one-session-many-tasks", "Several tasks wanted to use one connection at the same time."
         )
     if noted["sleepers"] > asked // 10:
         return Finding("sleeps", f"Most calls slept in {noted['sleeps_at']}.")
-    if noted["queuers"] > asked // 2 and pool.most_checked_out <= (pool.capacity or 0) // 4:
+    few = pool.most_checked_out <= (pool.capacity or 0) // 4
+    if noted["ended"] and noted["queuers"] > asked // 2 and few:
         return Finding(
             "one-at-a-time",
             f"Nearly all calls stood before {noted['queues_at']}, while at most"
@@ -53,13 +62,6 @@ def wrong_use_of_pools(run: Recording, lent: int, done: int) -> Finding | None:
             f"{noted['left_out']} connections were still checked out when all calls had ended.",
         )
     return None
-
-
-def _engines_of_its_own(capacities: list[int | None]) -> Finding:
-    if len(capacities) > _MANY_ENGINES or None in capacities:
-        return Finding("engine-per-call", "Your code made engines of its own, again and again.")
-    total = sum(one or 0 for one in capacities)
-    return Finding("bigger-pool", f"Your code made an engine of its own, with {total} connections.")
 
 
 def _deadlock(verdict: Verdict, queuers: int, queues_at: str) -> Finding:

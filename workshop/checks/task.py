@@ -24,6 +24,7 @@ from workshop.mistake import Mistake
 
 FUSE = LOAD_SECONDS + 2  # for what blocks the event loop, so that the load cannot end itself
 _MOST_LINES_SHOWN = 12
+_WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
 _CHECKS = os.path.dirname(__file__)
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]
@@ -46,7 +47,11 @@ class Outcome:
     run: Recording | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind.upper()}: {self.text}"
+        lines = f"{self.kind.upper()}: {self.text}".splitlines()
+        # A traceback is not to be wrapped.
+        return "\n".join(
+            one if one.startswith(" ") else textwrap.fill(one, _WIDTH) for one in lines
+        )
 
 
 class Task:
@@ -104,16 +109,16 @@ class Task:
         """Show the next hint; after the last one, all of them again."""
         self._hints_shown = min(self._hints_shown + 1, len(self.hints))
         for number, hint in enumerate(self.hints[: self._hints_shown], 1):
-            print(f"Hint {number} of {len(self.hints)}: {hint}")
+            print(textwrap.fill(f"Hint {number} of {len(self.hints)}: {hint}", _WIDTH))
         if self._hints_shown == len(self.hints):
-            print(f"That was the last one. {self.name}.show_solution() shows a solution.")
+            print(f"That was the last one. check.{self.name}.show_solution() shows a solution.")
 
     def show_solution(self) -> None:
         """Show a solution, once the task is done or all hints have been read."""
         left = len(self.hints) - self._hints_shown
         if left and not exercises.is_done(self.exercise, self.name):
             print(
-                f"Not yet: solve it, or read the {left} hints that are left ({self.name}.hint())."
+                f"Not yet: solve it, or read the hints that are left: {left} (check.{self.name}.hint())."
             )
             return
         for source in exercises.solution_of(self.exercise, self.name):
