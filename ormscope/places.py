@@ -16,7 +16,7 @@ import greenlet
 import sqlalchemy
 
 from ormscope.owners import TaskOrThread
-from ormscope.stacks import sleeping_frames
+from ormscope.stacks import awaited_future, sleeping_frames, thread_frames
 
 # A frame as it was at one moment. Resolving it to text costs file access, so that waits until somebody asks.
 RawPlace = tuple[CodeType, int]
@@ -28,7 +28,8 @@ def _folder(path: str) -> str:
 
 _STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
 _SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
-_MACHINERY = (_folder(os.path.dirname(__file__)), _folder(os.path.dirname(sqlalchemy.__file__)))
+_SQLALCHEMY = _folder(os.path.dirname(sqlalchemy.__file__))
+_MACHINERY = (_folder(os.path.dirname(__file__)), _SQLALCHEMY)
 # Between a notebook's cell and the event loop.
 _KERNEL = tuple(
     os.path.join(one, name, "") for one in _SITE_PACKAGES for name in ("IPython", "ipykernel")
@@ -50,9 +51,13 @@ _MOST_FRAMES = 6
 
 def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
     """The frames of the user's code in which a task or thread sleeps, innermost first, at most six."""
-    frames = reversed(sleeping_frames(subject))
-    places = ((one.f_code, one.f_lineno) for one in frames if is_user_code(one.f_code.co_filename))
-    return tuple(islice(places, _MOST_FRAMES))
+    return _users(sleeping_frames(subject))
+
+
+def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
+    """Of frames, outermost first, those of the user's code, innermost first."""
+    own = (one for one in reversed(frames) if is_user_code(one.f_code.co_filename))
+    return tuple((one.f_code, one.f_lineno) for one in islice(own, _MOST_FRAMES))
 
 
 def calling_places(skipped: int) -> tuple[RawPlace, ...]:
@@ -81,6 +86,27 @@ def calling_places(skipped: int) -> tuple[RawPlace, ...]:
     return tuple(frames)
 
 
+def running_places(thread: int) -> tuple[RawPlace, ...]:
+    """The frames of the user's code in which a thread, given by its identifier, is at this moment, innermost first."""
+    return _users(thread_frames(thread))
+
+
+def foreign_place(subject: TaskOrThread) -> Place | None:
+    """The line of the user's code in which a task or thread sleeps for something that SQLAlchemy does not know of."""
+    frames = sleeping_frames(subject)
+    if isinstance(subject, asyncio.Task) and awaited_future(subject) is None:
+        return None  # it is about to run, or runs
+    files = [one.f_code.co_filename for one in frames]
+    if any(file.startswith(_SQLALCHEMY) for file in files):
+        return None  # it waits for the database, or for the pool
+    own = [
+        frame
+        for frame, file in zip(frames, files, strict=True)
+        if is_user_code(file) and not file.startswith(_SITE_PACKAGES)
+    ]
+    return place((own[-1].f_code, own[-1].f_lineno)) if own else NOWHERE
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """One line of the user's code.
@@ -106,6 +132,9 @@ class Place:
     def short(self) -> str:
         """Function and line, without the text."""
         return f"{self.function}, line {self.line}"
+
+
+NOWHERE = Place("outside the user's code", 0, "")
 
 
 def is_cell(filename: str) -> bool:

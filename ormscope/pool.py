@@ -19,7 +19,17 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
 from ormscope import waitgraph
 from ormscope.owners import Owner, TaskOrThread, current, name_of
-from ormscope.places import RawPlace, calling_places, place, sleeping_places
+from ormscope.places import (
+    NOWHERE,
+    Place,
+    RawPlace,
+    calling_places,
+    foreign_place,
+    place,
+    running_places,
+    sleeping_places,
+)
+from ormscope.stacks import awaited_future
 from ormscope.verdict import Holding, Verdict, Waiting, judge
 
 _HOLDER = "ormscope.holder"
@@ -28,6 +38,14 @@ _STATEMENT_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 # calling_places, PoolScope._takes, Watched._do_get, and three of SQLAlchemy's pool, up to Pool.connect.
 _POOL_FRAMES = 6
 _RECHECK_SECONDS = 0.025
+# The look for a deadlock is also the loop's heartbeat. A storm's first step may take a quarter of a second.
+_BLOCKED_SECONDS = 0.5
+_FOREIGN_SECONDS = (
+    0.1  # a holder that has not used its connection for so long, and waits for something else
+)
+_UNFAIR_TURNS = (
+    5  # connections taken past the queue, in units of the capacity, while nobody in it was served
+)
 _KEPT_SAMPLES = 100_000
 
 _scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
@@ -50,6 +68,7 @@ class Holder:
     frames: tuple[RawPlace, ...]
     pool: Pool
     last_user: Owner
+    last_used: float
     last_sql: str | None = None
 
 
@@ -89,6 +108,9 @@ class PoolScope:
         self._deadlock: Verdict | None = None
         self._deadlock_seen: list[asyncio.Future[Verdict]] = []
         self._check_due = False
+        self._checked_at = 0.0
+        self._loop_thread = 0
+        self._overtaken = 0  # connections taken past the queue since somebody in it was served
         self._lock = threading.RLock()
         self._class = type(self.engine.pool)
         self.engine.pool.__class__ = _watched(self._class, self)
@@ -145,7 +167,10 @@ class PoolScope:
             return [one for one in self._waiters.values() if not one.connecting]
 
     def verdict(self) -> Verdict:
-        """What the pool suffers from at this moment: deadlock, leaked, saturated or healthy."""
+        """What the pool suffers from at this moment.
+
+        May be called from any thread; only another one can see that the event loop is blocked now.
+        """
         return self._judge(self._is_stuck())
 
     async def deadlock(self) -> Verdict:
@@ -188,11 +213,15 @@ class PoolScope:
     def _takes(self, who: TaskOrThread, record: ConnectionPoolEntry, pool: Pool) -> None:
         now = time.perf_counter()
         with self._lock:
-            self.served_after_wait += self._leaves(who, now)
+            if self._leaves(who, now):
+                self.served_after_wait += 1
+                self._overtaken = 0
+            elif self._waiting:
+                self._overtaken += 1
             if record in self._holders:  # counted by the attempt within this one
                 return
             owner = Owner(who)
-            holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner)
+            holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner, now)
             self._holders[record] = record.info[_HOLDER] = holder
             self._held_by[owner.key] += 1
             self.most_held_by_one = max(self.most_held_by_one, self._held_by[owner.key])
@@ -222,7 +251,7 @@ class PoolScope:
         except NotImplementedError:
             return  # the dialect's first look at the server, before the pool hands the connection out
         if holder is not None:
-            holder.last_sql = statement
+            holder.last_sql, holder.last_used = statement, time.perf_counter()
             who = current()
             if holder.last_user.subject is not who:
                 holder.last_user = Owner(who)
@@ -240,14 +269,17 @@ class PoolScope:
             self._check()  # it goes to sleep right after this
             return
         loop = who.get_loop()
+        self._loop_thread = threading.get_ident()
         if self._held_by[id(who)]:
             loop.call_soon(self._check)
         if not self._check_due:
             # The circle may also close later, through a task that holds and falls asleep on another.
             self._check_due = True
+            self._checked_at = time.perf_counter()
             loop.call_later(_RECHECK_SECONDS, self._check_again, loop)
 
     def _check_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._checked_at = time.perf_counter()
         self._check()
         self._check_due = bool(self._waiters)
         if self._check_due:
@@ -291,7 +323,7 @@ class PoolScope:
             for scope, holders in scope_wakers.items():
                 waiter = scope._waiters.get(who)
                 if waiter is not None and holders is not None and not waiter.connecting:
-                    asleep = isinstance(who, threading.Thread) or waitgraph.awaited_future(who)
+                    asleep = isinstance(who, threading.Thread) or awaited_future(who)
                     return holders if asleep else None
             return None
 
@@ -312,6 +344,7 @@ class PoolScope:
             subject = one.owner.subject
             chain = [] if subject is None else [subject, *_below(subject)]
             asked = next((waiting[who] for who in chain if who in waiting), None)
+            idle = now - one.last_used > _FOREIGN_SECONDS and asked is None
             holding.append(
                 Holding(
                     owner=one.owner.name,
@@ -319,6 +352,7 @@ class PoolScope:
                     places=tuple(map(place, one.frames)),
                     alive=one.owner.alive,
                     waits=asked,
+                    elsewhere=self._elsewhere(one) if idle else None,
                     last_sql=one.last_sql,
                 )
             )
@@ -331,9 +365,22 @@ class PoolScope:
             holding=tuple(holding),
             waiting=tuple(waiting.values()),
             deadlock=stuck,
+            blocked=self._blocked(now),
+            overtaken=self._overtaken > _UNFAIR_TURNS * (self.capacity or 0),
             # A task and those that it awaits compete as one.
             contenders=len(everyone - {below for who in everyone for below in _below(who)}),
         )
+
+    def _blocked(self, now: float) -> Place | None:
+        """Where the event loop is blocked, if somebody waits and the loop has not come round for long."""
+        if not self._check_due or now - self._checked_at < _BLOCKED_SECONDS:
+            return None
+        return next(map(place, running_places(self._loop_thread)), NOWHERE)
+
+    def _elsewhere(self, holder: Holder) -> Place | None:
+        """Where the last user of a connection waits for something that is not the database."""
+        subject = holder.last_user.subject
+        return None if subject is None else foreign_place(subject)
 
 
 def _below(task: TaskOrThread) -> set[TaskOrThread]:

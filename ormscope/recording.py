@@ -159,7 +159,9 @@ class Recording:
             raise ValueError(
                 f"no verdict: {self.title!r} used no connection pool, or died before it could tell"
             )
-        order = ("leaked", "saturated", "healthy")
+        order = (
+            "leaked", "loop blocked", "unfair", "held across a foreign await", "saturated", "healthy",
+        )  # fmt: skip
         return min(verdicts, key=lambda one: order.index(one.cause))
 
     def summary(self) -> str:

@@ -24,13 +24,19 @@ _FRAME = ("cr_frame", "gi_frame", "ag_frame")
 _AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
 
 
+def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """The future that a suspended task sleeps on; None when it is about to run."""
+    future: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
+    return None if future is None or future.done() else future
+
+
 def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
     """The frames in which a task or thread sleeps, outermost first.
 
     Of a task that runs at this moment only the outermost frame is known.
     """
     if not isinstance(subject, asyncio.Task):
-        return _down_from(sys._current_frames().get(subject.ident or 0))
+        return thread_frames(subject.ident or 0)
     frames: list[FrameType] = []
     step: Any = subject.get_coro()
     while step is not None:
@@ -42,6 +48,11 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
                 frames += _down_from(locals_of(frame)["context"].gr_frame)
         step = _awaited(step)
     return frames
+
+
+def thread_frames(thread: int) -> list[FrameType]:
+    """The frames of a thread, given by its identifier, at this moment, outermost first."""
+    return _down_from(sys._current_frames().get(thread))
 
 
 def calling_frames() -> list[FrameType]:

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ormscope.places import Place
+from ormscope.places import NOWHERE, Place
 
-Cause = Literal["healthy", "saturated", "deadlock", "leaked"]
+Cause = Literal[
+    "healthy", "saturated", "deadlock", "leaked", "loop blocked", "unfair",
+    "held across a foreign await",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Waiting:
 class Holding:
     """Somebody who holds a connection: `age` seconds so far, user frames innermost first.
 
-    `waits` is the queue entry that the holder sits behind, by itself or through tasks that it awaits.
+    `waits` is the queue entry that the holder sits behind, by itself or through tasks that it awaits;
+    `elsewhere` the line where it waits for something that is not the database.
     """
 
     owner: str
@@ -33,6 +37,7 @@ class Holding:
     places: tuple[Place, ...]
     alive: bool
     waits: Waiting | None
+    elsewhere: Place | None
     last_sql: str | None
 
 
@@ -51,6 +56,7 @@ class Verdict:
     timeout: float | None
     holding: tuple[Holding, ...]
     waiting: tuple[Waiting, ...]
+    blocked: Place | None
     tasks: int
     depth: int
 
@@ -73,14 +79,26 @@ def judge(
     holding: tuple[Holding, ...],
     waiting: tuple[Waiting, ...],
     deadlock: bool,
+    blocked: Place | None,
+    overtaken: bool,
     contenders: int,
 ) -> Verdict:
-    """The verdict on a pool at one moment; `contenders` are the tasks that compete for it."""
+    """The verdict on a pool at one moment.
+
+    `blocked` is where the event loop is blocked, `overtaken` whether those in the queue are passed again and
+    again, and `contenders` are the tasks that compete for the pool.
+    """
     cause: Cause
     if deadlock:
         cause = "deadlock"
     elif any(not one.alive for one in holding):
         cause = "leaked"
+    elif waiting and blocked is not None:
+        cause = "loop blocked"
+    elif waiting and overtaken:
+        cause = "unfair"
+    elif waiting and 2 * sum(one.elsewhere is not None for one in holding) > len(holding):
+        cause = "held across a foreign await"
     elif waiting:
         cause = "saturated"
     else:
@@ -95,6 +113,7 @@ def judge(
         timeout=timeout,
         holding=holding,
         waiting=waiting,
+        blocked=blocked,
         tasks=contenders,
         depth=max(held.values(), default=0) + 1,
     )
@@ -120,11 +139,8 @@ def _block(title: str, places: Iterable[Place]) -> list[str]:
     return [f"  {title if number == 0 else '':<9} {line}" for number, line in enumerate(lines)]
 
 
-_NOWHERE = Place("outside the user's code", 0, "")
-
-
 def _innermost(places: tuple[Place, ...]) -> Place:
-    return places[0] if places else _NOWHERE
+    return places[0] if places else NOWHERE
 
 
 def _deadlock_report(verdict: Verdict) -> list[str]:
@@ -174,6 +190,41 @@ def _saturated_report(verdict: Verdict) -> list[str]:
     ]
 
 
+def _held_report(verdict: Verdict) -> list[str]:
+    foreign = [one for one in verdict.holding if one.elsewhere is not None]
+    lines = [one.elsewhere for one in foreign if one.elsewhere is not None]
+    (often, _), *_ = Counter(lines).most_common(1)
+    return [
+        f"HELD ACROSS A FOREIGN AWAIT in {verdict.pool}: {_out_of(verdict)}",
+        f"{len(foreign)} connections are held by tasks that wait for something else than the database.",
+        *_block("held", (_innermost(one.places) for one in foreign)),
+        *_block("they wait", lines),
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"  {'fix':<9} end the transaction before {often.short}: commit, or leave the session's block",
+    ]
+
+
+def _unfair_report(verdict: Verdict) -> list[str]:
+    return [
+        f"UNFAIR {verdict.pool} (barging): {_out_of(verdict)}",
+        "Connections that come back are taken by tasks that never stood in the queue, again and again.",
+        *_block("held", (_innermost(one.places) for one in verdict.holding)),
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"  {'fix':<9} let the others in after each commit: await asyncio.sleep(0), or a new session for each batch",
+    ]
+
+
+def _blocked_report(verdict: Verdict) -> list[str]:
+    where = verdict.blocked or NOWHERE
+    return [
+        f"LOOP BLOCKED, and {verdict.pool} with it: {_out_of(verdict)}",
+        "No task can run, so none can give its connection back.",
+        *_block("blocked", [where]),
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"  {'fix':<9} await an asynchronous driver in {where.short}, or send the call to a thread (asyncio.to_thread)",
+    ]
+
+
 def _healthy_report(verdict: Verdict) -> list[str]:
     return [f"HEALTHY {verdict.pool}: {_out_of(verdict)}"]
 
@@ -181,6 +232,9 @@ def _healthy_report(verdict: Verdict) -> list[str]:
 _REPORTS = {
     "deadlock": _deadlock_report,
     "leaked": _leaked_report,
+    "loop blocked": _blocked_report,
+    "unfair": _unfair_report,
+    "held across a foreign await": _held_report,
     "saturated": _saturated_report,
     "healthy": _healthy_report,
 }

@@ -10,7 +10,7 @@ edge, because asyncio does not record who will release it. A deadlock through on
 found; none is ever invented.
 
 asyncio has no public way to ask what a task awaits before Python 3.14, so this module reads
-`Task._fut_waiter`, `_GatheringFuture._children` and `TaskGroup._tasks`. They are read nowhere else.
+`_GatheringFuture._children` and `TaskGroup._tasks`, and stacks `Task._fut_waiter`. They are read nowhere else.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from ormscope.owners import TaskOrThread
-from ormscope.stacks import locals_of, sleeping_frames
-
-
-def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
-    """The future that a suspended task sleeps on; None when it is about to run."""
-    future: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
-    return None if future is None or future.done() else future
+from ormscope.stacks import awaited_future, locals_of, sleeping_frames
 
 
 def awaited_tasks(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:

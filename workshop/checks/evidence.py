@@ -15,8 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from ormscope.places import is_user_code, place
-from ormscope.stacks import sleeping_frames
-from ormscope.waitgraph import awaited_future
+from ormscope.stacks import awaited_future, sleeping_frames
 
 LOAD_SECONDS = 4.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _LOOK_SECONDS = 0.02

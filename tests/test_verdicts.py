@@ -1,0 +1,212 @@
+"""Each cause of trouble, reproduced: the verdict gives it its own name, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from ormscope import PoolScope, Verdict
+from workshop.database import Server
+
+SELECT = text("select 1")
+PATIENCE = 20  # seconds; only a broken instrument takes so long
+SLOW = {
+    "postgresql": text("select pg_sleep(3)"),
+    "sqlite": text(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 9000000)"
+        " select count(*) from n"
+    ),
+}
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
+    """A real PostgreSQL, then a SQLite file: the same pool class, another driver."""
+    if request.param == "postgresql":
+        return server.url
+    return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def price_of(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(SELECT)
+
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def crowd(
+    engine: AsyncEngine, scope: PoolScope, *holders: asyncio.Task[Any]
+) -> AsyncIterator[None]:
+    """Three more tasks that want a connection, while these tasks have all of them."""
+    await until(lambda: scope.checked_out == scope.capacity)
+    tasks = [asyncio.create_task(price_of(engine)) for _ in range(3)]
+    await until(lambda: len(scope.waiters) >= 3)
+    yield
+    await cancelled(*tasks, *holders)
+
+
+async def healthy(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    async with engine.connect() as connection:
+        await connection.execute(SELECT)
+        await asyncio.sleep(0.2)  # held, and nobody wants it
+        return scope.verdict()
+
+
+async def saturated(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    async def report() -> None:
+        async with engine.connect() as connection:
+            await connection.execute(SLOW[engine.dialect.name])
+
+    async with crowd(engine, scope, *(asyncio.create_task(report()) for _ in range(2))):
+        await asyncio.sleep(0.3)
+        return scope.verdict()
+
+
+async def deadlock(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    meet = asyncio.Barrier(2)
+
+    async def order() -> None:
+        async with engine.connect():
+            await meet.wait()
+            await price_of(engine)
+
+    async with crowd(engine, scope, *(asyncio.create_task(order()) for _ in range(2))):
+        await asyncio.sleep(0.3)
+        return scope.verdict()
+
+
+async def leaked(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    kept = []
+
+    async def forget() -> None:
+        kept.append(await engine.connect())
+
+    for _ in range(2):
+        await asyncio.create_task(forget())
+    try:
+        async with crowd(engine, scope):
+            await asyncio.sleep(0.3)
+            return scope.verdict()
+    finally:
+        for one in kept:
+            await one.close()
+
+
+async def held_across_a_foreign_await(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    async def ask_somebody_else() -> None:
+        async with engine.connect() as connection:
+            await connection.execute(SELECT)
+            await asyncio.sleep(30)
+
+    async with crowd(engine, scope, *(asyncio.create_task(ask_somebody_else()) for _ in range(2))):
+        await asyncio.sleep(0.3)
+        return scope.verdict()
+
+
+async def unfair(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    async def work_for_ever() -> None:
+        async with AsyncSession(engine) as session:
+            while True:
+                await session.execute(SELECT)
+                await session.commit()
+
+    async with crowd(engine, scope, *(asyncio.create_task(work_for_ever()) for _ in range(2))):
+        await asyncio.sleep(0.5)
+        return scope.verdict()
+
+
+async def loop_blocked(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    found: list[Verdict] = []
+
+    async def block() -> None:
+        async with engine.connect() as connection, engine.connect():
+            await connection.execute(SELECT)
+            await crowded.wait()
+            asker.start()
+            time.sleep(1.5)  # noqa: ASYNC251
+
+    crowded = asyncio.Event()
+    asker = threading.Timer(1, lambda: found.append(scope.verdict()))
+    blocking = asyncio.create_task(block())
+    async with crowd(engine, scope, blocking):
+        crowded.set()
+        await blocking
+    asker.join()
+    return found[0]
+
+
+CAUSES = (
+    healthy,
+    saturated,
+    deadlock,
+    leaked,
+    held_across_a_foreign_await,
+    unfair,
+    loop_blocked,
+)
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.__name__)
+def test_each_cause_gets_its_own_name(
+    cause: Callable[[AsyncEngine, PoolScope], Any], url: str
+) -> None:
+    async def main() -> Verdict:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0)
+        verdict: Verdict = await cause(engine, PoolScope(engine))
+        await engine.dispose()
+        return verdict
+
+    verdict = asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert verdict.cause == cause.__name__.replace("_", " "), str(verdict)
+    report = str(verdict)
+    assert verdict.cause.upper() in report and "outside the user's code" not in report
+    if verdict.cause not in ("healthy", "saturated"):
+        assert "test_verdicts.py:" in report and "  fix" in report
+
+
+def test_a_synchronous_wait_on_the_loop_blocks_it(server: Server) -> None:
+    """The holder is a task of the same loop, so it cannot give the connection back."""
+    engine = create_engine(
+        server.url.replace("asyncpg", "psycopg"), pool_size=1, max_overflow=0, pool_timeout=1.5
+    )
+    scope, found = PoolScope(engine), []
+
+    async def hold() -> None:
+        with engine.connect() as connection:
+            connection.execute(SELECT)
+            await asyncio.sleep(0.1)
+
+    async def ask() -> None:
+        with engine.connect() as connection:
+            connection.execute(SELECT)
+
+    async def main() -> None:
+        holding = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        threading.Timer(1, lambda: found.append(scope.verdict())).start()
+        await asyncio.gather(holding, asyncio.create_task(ask()), return_exceptions=True)
+
+    asyncio.run(main())
+    engine.dispose()
+    assert [one.cause for one in found] == ["loop blocked"]
+    assert found[0].blocked is not None and found[0].blocked.function.endswith("ask")
