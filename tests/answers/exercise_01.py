@@ -130,17 +130,6 @@ async def another_pool(Session, number, sku):
     await nested_order(Session, number, sku)
 
 
-async def never_count(Session, number, sku):
-    Session.kw["bind"].pool._inc_overflow = lambda: True
-    await nested_order(Session, number, sku)
-
-
-async def no_pool_timeout(Session, number, sku):
-    Session.kw["bind"].pool._timeout = 0.001
-    with contextlib.suppress(PoolTimeoutError):
-        await nested_order(Session, number, sku)
-
-
 async def come_later(Session, number, sku):
     await asyncio.sleep(number % 60 * 0.01)
     await nested_order(Session, number, sku)
@@ -188,23 +177,8 @@ async def try_again(Session, number, sku):
             pass
 
 
-async def try_again_later(Session, number, sku):
-    for _ in range(10):
-        with contextlib.suppress(PoolTimeoutError):
-            return await nested_order(Session, number, sku)
-    return None
-
-
 async def return_at_once(Session, number, sku):
     return None
-
-
-async def forget_to_commit(Session, number, sku):
-    async with Session() as session:
-        order = Order(household_id=number)
-        session.add(order)
-        session.add(OrderLine(order=order, sku=sku, unit_price=await price_with(session, sku)))
-        await session.flush()
 
 
 async def close_first(Session, number, sku):
@@ -300,15 +274,6 @@ async def only_three(Session, sku):
         return {one: await price_with(session, one) for one in skus}
 
 
-async def ignore_what_fails(Session, sku):
-    async with Session() as session:
-        skus = (await session.scalars(behind(sku))).all()
-        prices = await asyncio.gather(
-            *(price_of(Session, one) for one in skus), return_exceptions=True
-        )
-    return dict(zip(skus, prices, strict=True))
-
-
 ANSWERS = {
     "reuse_the_session": Answers(
         right=[
@@ -325,8 +290,6 @@ ANSWERS = {
             (an_engine_for_each_order, "engine-per-call"),
             (more_overflow, "changes-the-pool"),
             (another_pool, "changes-the-pool"),
-            (never_count, "changes-the-pool"),
-            (no_pool_timeout, "changes-the-pool"),
             (come_later, "sleeps"),
             (one_order_at_a_time, "one-at-a-time"),
             (one_session_at_a_time, "one-at-a-time"),
@@ -334,9 +297,7 @@ ANSWERS = {
             (ignore_the_timeout, "swallows-the-timeout"),
             (answer_200_anyway, "swallows-the-timeout"),
             (try_again, "retries"),
-            (try_again_later, "retries"),
             (return_at_once, "success-without-work"),
-            (forget_to_commit, "success-without-work"),
             (close_first, "half-an-order"),
             (place_it_twice, "twice"),
             (the_price_of_bananas, "guesses-the-price"),
@@ -351,7 +312,6 @@ ANSWERS = {
             (one_by_one_inside, "holds-and-waits"),
             (gather_on_one_session, "one-session-many-tasks"),
             (only_three, "success-without-work"),
-            (ignore_what_fails, "children-count-too"),
         ],
     ),
 }

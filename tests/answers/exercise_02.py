@@ -29,24 +29,12 @@ def one_less(pool_size, max_overflow, depth):
     return pool_size + max_overflow - 1
 
 
-def twenty_nine(pool_size, max_overflow, depth):
-    return 29 if depth == 2 else 14
-
-
 def shared_out(pool_size, max_overflow, depth):
     return (pool_size + max_overflow) // depth
 
 
-def without_overflow(pool_size, max_overflow, depth):
-    return (pool_size - 1) // (depth - 1)
-
-
 def no_limit(pool_size, max_overflow, depth):
     return 0
-
-
-def everybody(pool_size, max_overflow, depth):
-    return 10_000
 
 
 # The audit log
@@ -114,24 +102,6 @@ async def in_the_same_transaction(Orders, Audit, number, charge):
         await order_with(session, number, charge)
 
 
-async def in_a_savepoint(Orders, Audit, number, charge):
-    async with Orders() as session:
-        session.add(Order(household_id=number))
-        async with session.begin_nested():
-            session.add(AuditEntry(action="order", detail=str(number)))
-        if await charge(number):
-            await session.commit()
-
-
-async def only_when_accepted(Orders, Audit, number, charge):
-    async with Orders() as session:
-        session.add(Order(household_id=number))
-        await session.flush()
-        if await charge(number):
-            await log_with(Audit, number)
-            await session.commit()
-
-
 async def commit_to_be_safe(Orders, Audit, number, charge):
     async with Orders() as session:
         session.add(Order(household_id=number))
@@ -174,11 +144,8 @@ ANSWERS = {
         right=[by_the_formula, by_counting],
         wrong=[
             (all_connections, "as-many-permits-as-connections"),
-            (everybody, "as-many-permits-as-connections"),
             (one_less, "permits-ignore-the-depth"),
-            (twenty_nine, "permits-ignore-the-depth"),
             (shared_out, "too-careful"),
-            (without_overflow, "too-careful"),
             (no_limit, "nobody-gets-in"),
         ],
     ),
@@ -188,8 +155,6 @@ ANSWERS = {
             (still_the_same_pool, "holds-and-waits"),
             (child_that_logs, "children-count-too"),
             (in_the_same_transaction, "audit-rolls-back-too"),
-            (in_a_savepoint, "audit-rolls-back-too"),
-            (only_when_accepted, "audit-rolls-back-too"),
             (commit_to_be_safe, "commits-what-should-roll-back"),
             (in_the_background, "fire-and-forget"),
             (log_only, "success-without-work"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gc
 from operator import attrgetter
@@ -10,7 +9,6 @@ from zlib import crc32
 
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import load_only
 
 from answers import Answers
 from workshop.database import database_url
@@ -39,21 +37,6 @@ async def objects_in_batches(Session, file, first, last):
             csv.writer(file).writerows(map(as_line, batch))
 
 
-async def large_batches(Session, file, first, last):
-    async with Session() as session:
-        sales = await session.stream_scalars(sales_of(first, last))
-        async for batch in sales.yield_per(5_000).partitions():
-            csv.writer(file).writerows(map(as_line, batch))
-
-
-async def one_object_at_a_time(Session, file, first, last):
-    write = csv.writer(file).writerow
-    async with Session() as session:
-        wanted = sales_of(first, last).execution_options(yield_per=500)
-        async for sale in await session.stream_scalars(wanted):
-            write(as_line(sale))
-
-
 async def columns_streamed(Session, file, first, last):
     async with Session() as session:
         rows = await session.stream(columns_of(first, last).execution_options(yield_per=1_000))
@@ -71,13 +54,6 @@ async def pages_by_key(Session, file, first, last):
         first = rows[-1].id + 1
 
 
-async def slices_of_numbers(Session, file, first, last):
-    async with Session() as session:
-        for start in range(first, last + 1, 3_000):
-            sales = await session.scalars(sales_of(start, min(start + 2_999, last)))
-            csv.writer(file).writerows(map(as_line, sales))
-
-
 async def copied(Session, file, first, last):
     query = f"SELECT * FROM sales WHERE id BETWEEN {first} AND {last} ORDER BY id"
     async with Session() as session:
@@ -89,13 +65,6 @@ async def all_of_them(Session, file, first, last):
     async with Session() as session:
         for sale in (await session.scalars(sales_of(first, last))).all():
             file.write(",".join(map(str, as_line(sale))) + "\n")
-
-
-async def stream_without_a_size(Session, file, first, last):
-    async with Session() as session:
-        sales = await session.stream_scalars(sales_of(first, last))
-        async for batch in sales.partitions():
-            csv.writer(file).writerows(map(as_line, batch))
 
 
 async def collect_in_a_loop(Session, file, first, last):
@@ -124,26 +93,10 @@ async def all_columns(Session, file, first, last):
     csv.writer(file).writerows(rows)
 
 
-async def columns_streamed_without_a_size(Session, file, first, last):
-    async with Session() as session:
-        async for batch in (await session.stream(columns_of(first, last))).partitions():
-            csv.writer(file).writerows(batch)
-
-
 async def first_thousand(Session, file, first, last):
     async with Session() as session:
         rows = await session.execute(columns_of(first, last).limit(1_000))
         csv.writer(file).writerows(rows)
-
-
-async def first_batch(Session, file, first, last):
-    async with Session() as session:
-        sales = await session.stream_scalars(
-            sales_of(first, last).execution_options(yield_per=1_000)
-        )
-        async for batch in sales.partitions():
-            csv.writer(file).writerows(map(as_line, batch))
-            return
 
 
 async def five_columns(Session, file, first, last):
@@ -153,16 +106,6 @@ async def five_columns(Session, file, first, last):
         rows = await session.stream(wanted.execution_options(yield_per=1_000))
         async for batch in rows.partitions():
             csv.writer(file).writerows(batch)
-
-
-async def pages_that_overlap(Session, file, first, last):
-    while True:
-        async with Session() as session:
-            rows = (await session.execute(columns_of(first, last).limit(1_000))).all()
-        csv.writer(file).writerows(rows)
-        if len(rows) < 1_000:
-            return
-        first = rows[-1].id
 
 
 async def commit_after_each_batch(Session, file, first, last):
@@ -206,17 +149,6 @@ async def autoflush_each_page(Session, kind):
             change(jobs)
 
 
-async def session_for_each_page(Session, kind):
-    last = 0
-    while True:
-        async with Session.begin() as session:
-            page = queued_of(kind).where(ExportJob.id > last).limit(400)
-            if not (jobs := (await session.scalars(page)).all()):
-                return
-            change(jobs)
-            last = jobs[-1].id
-
-
 async def flush_then_expunge(Session, kind):
     async with Session() as session:
         while jobs := (await session.scalars(queued_of(kind).limit(300))).all():
@@ -227,22 +159,6 @@ async def flush_then_expunge(Session, kind):
         await session.commit()
 
 
-async def flush_then_expunge_all(Session, kind):
-    async with Session.begin() as session:
-        while jobs := (await session.scalars(queued_of(kind).limit(300))).all():
-            change(jobs)
-            await session.flush()
-            session.expunge_all()
-
-
-async def stream_and_flush(Session, kind):
-    async with Session.begin() as session:
-        jobs = await session.stream_scalars(queued_of(kind).execution_options(yield_per=400))
-        async for batch in jobs.partitions():
-            change(batch)
-            await session.flush()
-
-
 async def numbers_and_values(Session, kind):
     async with Session.begin() as session:
         numbers = (await session.scalars(queued_of(kind).with_only_columns(ExportJob.id))).all()
@@ -250,29 +166,10 @@ async def numbers_and_values(Session, kind):
         await session.execute(update(ExportJob), values)
 
 
-async def one_update_each(Session, kind):
-    async with Session.begin() as session:
-        for one in await session.scalars(queued_of(kind).with_only_columns(ExportJob.id)):
-            change = update(ExportJob).where(ExportJob.id == one)
-            await session.execute(change.values(status="done", rows_done=lines_of(one)))
-
-
 async def commit_at_the_end(Session, kind):
     async with Session() as session:
         jobs = (await session.scalars(queued_of(kind))).all()
         change(jobs)
-        await session.commit()
-
-
-async def pages_without_autoflush(Session, kind):
-    last = 0
-    async with Session(autoflush=False) as session:
-        while True:
-            page = queued_of(kind).where(ExportJob.id > last).limit(500)
-            if not (jobs := (await session.scalars(page)).all()):
-                break
-            change(jobs)
-            last = jobs[-1].id
         await session.commit()
 
 
@@ -293,14 +190,6 @@ async def flush_and_keep_the_list(Session, kind):
         await session.commit()
 
 
-async def only_two_columns(Session, kind):
-    """Smaller objects are as many."""
-    async with Session.begin() as session:
-        jobs = (await session.scalars(queued_of(kind).options(load_only(ExportJob.id)))).all()
-        values = [{"id": one.id, "status": "done", "rows_done": lines_of(one.id)} for one in jobs]
-        await session.execute(update(ExportJob), values)
-
-
 async def expunge_all_per_page(Session, kind):
     last = 0
     async with Session() as session:
@@ -311,15 +200,6 @@ async def expunge_all_per_page(Session, kind):
             change(jobs)
             last = jobs[-1].id
             session.expunge_all()
-        await session.commit()
-
-
-async def expunge_each(Session, kind):
-    async with Session() as session:
-        jobs = await session.stream_scalars(queued_of(kind).execution_options(yield_per=500))
-        async for job in jobs:
-            change([job])
-            session.expunge(job)
         await session.commit()
 
 
@@ -346,13 +226,6 @@ async def expire_all_per_page(Session, kind):
         await session.commit()
 
 
-async def expire_each(Session, kind):
-    async with Session.begin() as session:
-        for job in (await session.scalars(queued_of(kind))).all():
-            change([job])
-            session.expire(job)
-
-
 async def flush_without_commit(Session, kind):
     async with Session() as session:
         while jobs := (await session.scalars(queued_of(kind).limit(500))).all():
@@ -373,16 +246,6 @@ async def every_job_of_the_kind(Session, kind):
             await session.commit()
 
 
-async def every_queued_job(Session, kind):
-    queued = select(ExportJob.id).where(ExportJob.status == "queued")
-    async with Session.begin() as session:
-        values = [
-            {"id": one, "status": "done", "rows_done": lines_of(one)}
-            for one in await session.scalars(queued)
-        ]
-        await session.execute(update(ExportJob), values)
-
-
 async def offset_over_what_goes_away(Session, kind):
     offset = 0
     async with Session() as session:
@@ -392,22 +255,10 @@ async def offset_over_what_goes_away(Session, kind):
             offset += 500
 
 
-async def first_page(Session, kind):
-    async with Session() as session:
-        change((await session.scalars(queued_of(kind).limit(500))).all())
-        await session.commit()
-
-
 async def one_statement_for_all(Session, kind):
     ours = update(ExportJob).where(ExportJob.kind == kind, ExportJob.status == "queued")
     async with Session.begin() as session:
         await session.execute(ours.values(status="done"))
-
-
-async def one_value_for_all(Session, kind):
-    ours = update(ExportJob).where(ExportJob.kind == kind, ExportJob.status == "queued")
-    async with Session.begin() as session:
-        await session.execute(ours.values(status="done", rows_done=lines_of(1)))
 
 
 async def commit_in_the_stream(Session, kind):
@@ -459,20 +310,6 @@ async def one_session_that_commits(Session, first, last, deliver):
             done = batch[-1]
 
 
-async def rows_from_the_end(Session, first, last, deliver):
-    rows = select(Order.id, Order.status).where(Order.household_id.between(first, last))
-    page, before = rows.order_by(Order.id.desc()).limit(250), None
-    async with Session() as session:
-        while True:
-            below = page if before is None else page.where(Order.id < before)
-            batch = (await session.execute(below)).all()
-            await session.rollback()
-            if not batch:
-                return
-            await deliver(batch)
-            before = batch[-1].id
-
-
 async def numbers_first(Session, first, last, deliver):
     """All numbers at the beginning, and each batch read when its turn comes."""
     async with Session() as session:
@@ -482,24 +319,6 @@ async def numbers_first(Session, first, last, deliver):
             page = select(Order).where(Order.id.in_(numbers[start : start + 500]))
             batch = (await session.scalars(page)).all()
         await deliver(batch)
-
-
-async def households_in_turn(Session, first, last, deliver):
-    """A key of two columns is unique as well."""
-    household, number = 0, 0
-    while True:
-        async with Session(expire_on_commit=False) as session:
-            behind = (Order.household_id > household) | (
-                (Order.household_id == household) & (Order.id > number)
-            )
-            page = select(Order).where(Order.household_id.between(first, last), behind)
-            ordered = page.order_by(Order.household_id, Order.id).limit(500)
-            batch = (await session.scalars(ordered)).all()
-            await session.commit()
-            if not batch:
-                return
-            await deliver([{"id": one.id, "status": one.status} for one in batch])
-            household, number = batch[-1].household_id, batch[-1].id
 
 
 async def one_page_ahead(Session, first, last, deliver):
@@ -518,13 +337,6 @@ async def with_yield_per(Session, first, last, deliver):
             await deliver([one.id for one in batch])
 
 
-async def numbers_over_an_open_session(Session, first, last, deliver):
-    async with Session() as session:
-        orders = (await session.scalars(orders_of(first, last))).all()
-        for start in range(0, len(orders), 500):
-            await deliver(orders[start : start + 500])
-
-
 async def everything_first(Session, first, last, deliver):
     async with Session() as session:
         orders = (await session.scalars(orders_of(first, last))).all()
@@ -532,30 +344,10 @@ async def everything_first(Session, first, last, deliver):
         await deliver(orders[start : start + 500])
 
 
-async def rows_first(Session, first, last, deliver):
-    numbers = orders_of(first, last).with_only_columns(Order.id)
-    async with Session() as session:
-        rows = await session.execute(numbers)
-    for batch in rows.partitions(500):
-        await deliver(batch)
-
-
 async def everything_at_once(Session, first, last, deliver):
     async with Session() as session:
         orders = (await session.scalars(orders_of(first, last))).all()
     await deliver(orders)
-
-
-async def larger_pages(Session, first, last, deliver):
-    done = 0
-    while True:
-        async with Session() as session:
-            page = orders_of(first, last).where(Order.id > done).limit(1_000)
-            batch = (await session.scalars(page)).all()
-        if not batch:
-            return
-        await deliver(batch)
-        done = batch[-1].id
 
 
 async def commit_within_the_stream(Session, first, last, deliver):
@@ -565,14 +357,6 @@ async def commit_within_the_stream(Session, first, last, deliver):
         async for batch in stream.partitions():
             await session.commit()
             await deliver(batch)
-
-
-async def result_after_the_session(Session, first, last, deliver):
-    async with Session() as session:
-        wanted = orders_of(first, last).execution_options(yield_per=500)
-        stream = await session.stream_scalars(wanted)
-    async for batch in stream.partitions():
-        await deliver(batch)
 
 
 async def offset_pages(Session, first, last, deliver):
@@ -585,20 +369,6 @@ async def offset_pages(Session, first, last, deliver):
             return
         await deliver(batch)
         offset += 500
-
-
-async def key_that_is_not_unique(Session, first, last, deliver):
-    household = 0
-    while True:
-        async with Session() as session:
-            page = select(Order).where(
-                Order.household_id.between(first, last), Order.household_id > household
-            )
-            batch = (await session.scalars(page.order_by(Order.household_id).limit(500))).all()
-        if not batch:
-            return
-        await deliver(batch)
-        household = batch[-1].household_id
 
 
 async def key_that_is_shared(Session, first, last, deliver):
@@ -617,10 +387,6 @@ async def key_that_is_shared(Session, first, last, deliver):
 
 async def only_the_first(Session, first, last, deliver):
     await deliver(await page_behind(Session, orders_of(first, last), 0))
-
-
-async def deliver_nothing(Session, first, last, deliver):
-    return None
 
 
 async def of_all_households(Session, first, last, deliver):
@@ -652,20 +418,9 @@ async def log_and_go_on(Session, first, last, deliver):
         done = batch[-1].id
 
 
-async def suppress_and_stop(Session, first, last, deliver):
-    with contextlib.suppress(ConnectionError):
-        await session_for_each_batch(Session, first, last, deliver)
-
-
 async def from_an_engine_of_its_own(Session, first, last, deliver):
     engine = create_async_engine(database_url(), pool_size=1, max_overflow=0)
     await with_yield_per(async_sessionmaker(engine), first, last, deliver)
-    await engine.dispose()
-
-
-async def pages_from_an_engine_of_its_own(Session, first, last, deliver):
-    engine = create_async_engine(database_url(), pool_size=1, max_overflow=0)
-    await session_for_each_batch(async_sessionmaker(engine), first, last, deliver)
     await engine.dispose()
 
 
@@ -685,24 +440,17 @@ ANSWERS = {
     "export_under_64_mib": Answers(
         right=[
             objects_in_batches,
-            large_batches,
-            one_object_at_a_time,
             columns_streamed,
             pages_by_key,
-            slices_of_numbers,
             copied,
         ],
         wrong=[
             (all_of_them, "loads-everything"),
-            (stream_without_a_size, "loads-everything"),
             (collect_in_a_loop, "collects-garbage"),
             (the_fix_of_the_article, "expunge-all-in-a-stream"),
             (all_columns, "keeps-everything-in-another-shape"),
-            (columns_streamed_without_a_size, "keeps-everything-in-another-shape"),
             (first_thousand, "part-of-the-rows"),
-            (first_batch, "part-of-the-rows"),
             (five_columns, "another-file"),
-            (pages_that_overlap, "another-file"),
             (commit_after_each_batch, "stream-without-its-transaction"),
         ],
     ),
@@ -710,32 +458,21 @@ ANSWERS = {
         right=[
             commit_each_page,
             autoflush_each_page,
-            session_for_each_page,
             flush_then_expunge,
-            flush_then_expunge_all,
-            stream_and_flush,
             numbers_and_values,
-            one_update_each,
         ],
         wrong=[
             (commit_at_the_end, "one-flush-at-the-end"),
-            (pages_without_autoflush, "one-flush-at-the-end"),
             (collect_for_each_page, "collects-garbage"),
             (flush_and_keep_the_list, "loads-everything"),
-            (only_two_columns, "loads-everything"),
             (expunge_all_per_page, "expunge-loses-changes"),
-            (expunge_each, "expunge-loses-changes"),
             (expunge_all_in_a_stream, "expunge-all-in-a-stream"),
             (expire_all_per_page, "expire-loses-changes"),
-            (expire_each, "expire-loses-changes"),
             (flush_without_commit, "forgets-to-commit"),
             (change_nothing, "part-of-the-rows"),
             (every_job_of_the_kind, "more-than-asked"),
-            (every_queued_job, "more-than-asked"),
             (offset_over_what_goes_away, "pages-shift"),
-            (first_page, "part-of-the-rows"),
             (one_statement_for_all, "one-value-for-all"),
-            (one_value_for_all, "one-value-for-all"),
             (commit_in_the_stream, "stream-without-its-transaction"),
             (never_close_the_session, "leaves-it-checked-out"),
         ],
@@ -744,31 +481,21 @@ ANSWERS = {
         right=[
             session_for_each_batch,
             one_session_that_commits,
-            rows_from_the_end,
             numbers_first,
-            households_in_turn,
             one_page_ahead,
         ],
         wrong=[
             (with_yield_per, "holds-while-it-waits"),
-            (numbers_over_an_open_session, "holds-while-it-waits"),
             (everything_first, "read-too-early"),
-            (rows_first, "read-too-early"),
             (everything_at_once, "larger-batches"),
-            (larger_pages, "larger-batches"),
             (commit_within_the_stream, "stream-without-its-transaction"),
-            (result_after_the_session, "stream-without-its-transaction"),
             (offset_pages, "pages-shift"),
-            (key_that_is_not_unique, "pages-shift"),
             (key_that_is_shared, "delivers-twice"),
             (only_the_first, "part-of-the-rows"),
-            (deliver_nothing, "part-of-the-rows"),
             (of_all_households, "more-than-asked"),
             (expired_by_the_commit, "expired-objects"),
             (log_and_go_on, "swallows-the-refusal"),
-            (suppress_and_stop, "swallows-the-refusal"),
             (from_an_engine_of_its_own, "another-pool"),
-            (pages_from_an_engine_of_its_own, "another-pool"),
             (from_a_larger_pool, "changes-the-pool"),
             (never_close_the_last, "leaves-it-checked-out"),
         ],
