@@ -49,17 +49,21 @@ async def storm(
     log.announced += count
     ended: list[Request] = []
 
-    def note(number: int, start: float, error: Exception | None) -> None:
+    def note(number: int, start: float, error: BaseException | None) -> None:
         outcome = "ok" if error is None else outcome_of(error)
         text = "" if error is None else "\n".join(users_traceback(error))
         ended.append(Request(number, start, time.perf_counter(), outcome, text))
         log.ended.append(ended[-1])
 
     async def run_task(number: int) -> None:
-        start, failed = time.perf_counter(), None
+        start = time.perf_counter()
+        failed: BaseException | None = None
         try:
             await request(number)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # somebody has cancelled it; else the request itself let a cancellation through
             failed = error
         note(number, start, failed)
 

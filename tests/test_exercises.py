@@ -202,6 +202,25 @@ def test_a_call_instead_of_the_function() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("raise SystemExit('enough')", "SystemExit: enough"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("raise asyncio.CancelledError", "asyncio.exceptions.CancelledError"),
+        (
+            "asyncio.current_task().cancel(); await asyncio.sleep(1)",
+            "60 of 60 calls were cancelled",
+        ),
+        ("__import__('os')._exit(1)", "the process in which your code ran has died"),
+    ],
+)
+def test_code_that_wants_to_end_more_than_itself(source: str, told: str) -> None:
+    outcome = TASK.check(written(source, MODULE, TASK))
+    assert outcome.kind == "raised", outcome
+    assert told in outcome.text
+
+
 def test_code_that_cannot_be_sent() -> None:
     answer = written("return guard", MODULE, TASK)
     answer.__globals__["guard"] = threading.Lock()

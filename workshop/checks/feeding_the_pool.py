@@ -73,11 +73,11 @@ async def _bad_day(
         async with door:
             await take(1, number < permits)
 
-    day = asyncio.create_task(storm(order, orders))
-    proof = asyncio.create_task(PoolScope(engine).deadlock())
+    day: asyncio.Future[Any] = asyncio.gather(*(order(number) for number in range(orders)))
+    proof: asyncio.Future[Any] = asyncio.create_task(PoolScope(engine).deadlock())
     await asyncio.wait({day, proof}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (day, proof):
-        task.cancel()
+    day.cancel()
+    proof.cancel()
     await asyncio.gather(day, proof, return_exceptions=True)
 
 
@@ -127,6 +127,7 @@ choose_the_permits = Task(
     ),
     judge=judge_permits,
     proof=prove_permits,
+    curves=("connections",),
     hints=(
         "How many connections has the pool at most? Both of its settings count.",
         "In the worst moment each order inside holds all but its last connection. How many connections are out then, "

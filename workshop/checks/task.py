@@ -147,7 +147,9 @@ class Task:
                 run = self._run(answer, "yours", **trial)
             except UnsendableError as error:
                 return Outcome("raised", f"your code cannot run in a process of its own: {error}")
-            except Exception as error:
+            except (
+                BaseException
+            ) as error:  # SystemExit, say: what the code raised there is raised here
                 return Outcome("raised", _told(error))
             if run.ended == "interrupted":
                 return Outcome("stopped", "You stopped the check; nothing was judged.")
@@ -182,6 +184,9 @@ class Task:
         if run.ended == "fuse" or (finding is None and not run.result["ended"]):
             seconds = run.fuse if run.ended == "fuse" else LOAD_SECONDS
             finding = Finding("never-ends", f"It had not ended after {seconds:g} s.")
+        if finding is None and len(run.requests) < run.announced:
+            lost = run.announced - len(run.requests)
+            return Outcome("raised", f"{lost} of {run.announced} calls were cancelled.")
         if finding is None:
             return None
         about = misconceptions()[finding.misconception]
@@ -260,7 +265,7 @@ def _reachable(function: FunctionType) -> Iterator[FunctionType]:
                 unseen.append(called)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The learner's own traceback of an exception that `observe` raised."""
     render = getattr(error, "_render_traceback_", None)
     return _own("\n".join(render()) if render else f"{type(error).__name__}: {error}")
