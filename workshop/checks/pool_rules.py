@@ -54,12 +54,12 @@ def wrong_use_of_pools(run: Recording, lent: int, done: int) -> Finding | None:
     if noted["left_running"]:
         return Finding(
             "fire-and-forget",
-            f"{noted['left_running']} tasks were still at work when all calls had ended.",
+            "Tasks that your code had started were still at work when all calls had ended.",
         )
     if noted["left_out"]:
         return Finding(
             "leaves-it-checked-out",
-            f"{noted['left_out']} connections were still checked out when all calls had ended.",
+            "Connections were still checked out when all calls had ended.",
         )
     return None
 

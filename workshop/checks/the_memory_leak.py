@@ -534,7 +534,7 @@ def judge_pages(run: Recording) -> Finding | None:
     if seen["left_out"]:
         return Finding(
             "leaves-it-checked-out",
-            f"{seen['left_out']} connections were still checked out when all calls had ended.",
+            "Connections were still checked out when all calls had ended.",
         )
     if seen["pages"] < run.announced:
         return Finding(
