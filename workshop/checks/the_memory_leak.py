@@ -440,7 +440,7 @@ let_go = Task(
 
 # forget_the_collection
 
-PAGES = 12
+PAGES = 8
 SHOWN = ("sku", "title", "unit_price")  # what the page reads of a product
 
 
@@ -573,7 +573,7 @@ forget_the_collection = Task(
     "forget_the_collection",
     "top_sellers",
     load=show_pages,
-    trials=({"first": 0, "each": 3}, {"first": 30, "each": 2}),
+    trials=({"first": 4, "each": 3}, {"first": 30, "each": 2}),
     judge=judge_pages,
     proof=prove_pages,
     curves=("memory",),  # of the objects it would show those in sessions, and these are detached
