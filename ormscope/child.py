@@ -34,6 +34,7 @@ class Reporter:
         self._scopes: list[Any] = []
         self._deadlocks_sent: list[int] = []
         self._verdict_sent: list[bool] = []
+        self._troubles_sent: list[set[str]] = []
         self.loop_scope: Any = None
 
     def watch_every_engine(self) -> None:
@@ -52,6 +53,7 @@ class Reporter:
             self._scopes.append(PoolScope(engine, name))
             self._deadlocks_sent.append(0)
             self._verdict_sent.append(False)
+            self._troubles_sent.append(set())
 
         Engine.__init__ = watched  # type: ignore[method-assign,assignment]
 
@@ -93,12 +95,18 @@ class Reporter:
             self._verdict_sent[number] = stands_still or (
                 self._verdict_sent[number] and not samples
             )
+            trouble = scope.trouble()
+            if trouble is not None and trouble.cause in self._troubles_sent[number]:
+                trouble = None
+            if trouble is not None:
+                self._troubles_sent[number].add(trouble.cause)
             pools.append(
                 {
                     "name": scope.name,
                     "capacity": scope.capacity,
                     "samples": [(at - self._start, *counts) for at, *counts in samples],
                     "deadlocks": [replace(one, at=one.at - self._start) for one in proved],
+                    "trouble": trouble and replace(trouble, at=trouble.at - self._start),
                     "last": last and replace(last, at=last.at - self._start),
                     "timeouts": scope.timeouts,
                     "served_after_wait": scope.served_after_wait,
@@ -180,7 +188,8 @@ def main() -> None:
     reporter = Reporter(messages)
     reporter.watch_every_engine()
     watch_sessions()
-    for driver in ("asyncpg", "aiosqlite"):  # else their import would count as the run's memory
+    # Else their import would count as the run's memory, and as a stall of its loop.
+    for driver in ("asyncpg", "aiosqlite", *setting["drivers"]):
         with contextlib.suppress(ImportError):
             importlib.import_module(driver)
     threading.Thread(target=_obey_parent, args=(sys.stdin.buffer, reporter), daemon=True).start()

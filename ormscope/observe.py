@@ -23,6 +23,8 @@ from ormscope.pool import Sample
 from ormscope.recording import Curve, ObjectsSample, PoolCurve, Recording
 from ormscope.storm import Request
 
+# Imported before a run where the caller has imported them; the asynchronous ones always are.
+_SYNCHRONOUS_DRIVERS = ("psycopg", "psycopg2", "pymysql", "MySQLdb")
 _FAREWELL_SECONDS = 2.0
 _INTERRUPTED_FAREWELL_SECONDS = 0.3
 _START_SECONDS = 60.0
@@ -105,7 +107,8 @@ def _payload(
             f"{workload.__name__} cannot be sent to its own process ({error}): "
             "create the engine, the sessions and all that is open inside it, and hand it plain values."
         ) from None
-    return pickle.dumps(({"path": sys.path, "cells": cells}, code))
+    drivers = [name for name in _SYNCHRONOUS_DRIVERS if name in sys.modules]
+    return pickle.dumps(({"path": sys.path, "cells": cells, "drivers": drivers}, code))
 
 
 @contextlib.contextmanager
@@ -260,6 +263,8 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
         curve = recording.pools[number]
         curve.samples += map(Sample._make, pool["samples"])
         curve.deadlocks += pool["deadlocks"]
+        if pool["trouble"] is not None:
+            curve.troubles.append(pool["trouble"])
         curve.last = pool["last"] or curve.last
         curve.timeouts = pool["timeouts"]
         curve.served_after_wait = pool["served_after_wait"]

@@ -30,7 +30,7 @@ from ormscope.places import (
     sleeping_places,
 )
 from ormscope.stacks import awaited_future
-from ormscope.verdict import Holding, Verdict, Waiting, judge
+from ormscope.verdict import TROUBLES, Holding, Verdict, Waiting, judge
 
 _HOLDER = "ormscope.holder"
 # The dialect's events, not the engine's: those would slow down each BEGIN, COMMIT and result as well.
@@ -172,6 +172,22 @@ class PoolScope:
         May be called from any thread; only another one can see that the event loop is blocked now.
         """
         return self._judge(self._is_stuck())
+
+    def trouble(self) -> Verdict | None:
+        """The verdict, if those who wait now wait for one of the TROUBLES; cheap where they do not.
+
+        `deadlocks` has the deadlocks, and a leak is there at the end, too.
+        """
+        if not self._waiting:
+            return None
+        now = time.perf_counter()
+        suspected = (
+            self._overtaken > _UNFAIR_TURNS * (self.capacity or 0)
+            or self._blocked(now) is not None
+            or any(self._elsewhere(one, now) is not None for one in self.holders)
+        )
+        verdict = self.verdict() if suspected else None
+        return verdict if verdict and verdict.cause in TROUBLES else None
 
     async def deadlock(self) -> Verdict:
         """Wait until a deadlock of this pool is proved, and return it."""
@@ -335,7 +351,7 @@ class PoolScope:
             waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
             holders = list(self._holders.values())
         waiting = {
-            who: Waiting(name_of(who), now - one.since, tuple(map(place, sleeping_places(who))))
+            who: Waiting(name_of(who), now - one.since, tuple(map(place, self._standing(who))))
             for who, one in waiters.items()
         }
         everyone = {*waiters, *(one.owner.subject for one in holders if one.owner.subject)}
@@ -344,7 +360,6 @@ class PoolScope:
             subject = one.owner.subject
             chain = [] if subject is None else [subject, *_below(subject)]
             asked = next((waiting[who] for who in chain if who in waiting), None)
-            idle = now - one.last_used > _FOREIGN_SECONDS and asked is None
             holding.append(
                 Holding(
                     owner=one.owner.name,
@@ -352,7 +367,7 @@ class PoolScope:
                     places=tuple(map(place, one.frames)),
                     alive=one.owner.alive,
                     waits=asked,
-                    elsewhere=self._elsewhere(one) if idle else None,
+                    elsewhere=self._elsewhere(one, now) if asked is None else None,
                     last_sql=one.last_sql,
                 )
             )
@@ -371,16 +386,28 @@ class PoolScope:
             contenders=len(everyone - {below for who in everyone for below in _below(who)}),
         )
 
+    def _standing(self, who: TaskOrThread) -> tuple[RawPlace, ...]:
+        """Where somebody stands in the queue; on the loop itself, if a synchronous pool makes it wait there."""
+        return sleeping_places(who) or running_places(self._loop_thread)
+
+    def _late(self, now: float) -> float:
+        """How long ago the event loop should have come round, in seconds; 0 where nobody waits on it."""
+        return now - self._checked_at if self._check_due else 0.0
+
     def _blocked(self, now: float) -> Place | None:
         """Where the event loop is blocked, if somebody waits and the loop has not come round for long."""
-        if not self._check_due or now - self._checked_at < _BLOCKED_SECONDS:
+        if self._late(now) < _BLOCKED_SECONDS:
             return None
         return next(map(place, running_places(self._loop_thread)), NOWHERE)
 
-    def _elsewhere(self, holder: Holder) -> Place | None:
-        """Where the last user of a connection waits for something that is not the database."""
+    def _elsewhere(self, holder: Holder, now: float) -> Place | None:
+        """Where the last user of a connection waits, long since, for something that is not the database."""
         subject = holder.last_user.subject
-        return None if subject is None else foreign_place(subject)
+        # A loop that does not come round may be why it still waits.
+        late = max(self._late(now) - _RECHECK_SECONDS, 0.0)
+        if subject is None or now - late - holder.last_used < _FOREIGN_SECONDS:
+            return None
+        return foreign_place(subject)
 
 
 def _below(task: TaskOrThread) -> set[TaskOrThread]:

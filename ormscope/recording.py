@@ -28,12 +28,17 @@ class ObjectsSample(NamedTuple):
 
 @dataclass
 class PoolCurve:
-    """One pool over time. `samples` is a step function: each holds until the next; times in seconds from the start."""
+    """One pool over time. `samples` is a step function: each holds until the next; times in seconds from the start.
+
+    `deadlocks` are those that were proved, `troubles` the first verdict on each other cause that made tasks wait
+    in vain for a while, and `last` is the verdict at the end.
+    """
 
     name: str
     capacity: int | None
     samples: list[Sample] = field(default_factory=list)
     deadlocks: list[Verdict] = field(default_factory=list)
+    troubles: list[Verdict] = field(default_factory=list)
     last: Verdict | None = None
     timeouts: int = 0
     served_after_wait: int = 0
@@ -148,21 +153,22 @@ class Recording:
         )
 
     def verdict(self) -> Verdict:
-        """The verdict on the run: its first deadlock, or else what the worst pool suffered from at the end.
+        """The verdict on the run: its first deadlock, else its first other trouble, else how it was at the end.
 
         Raises ValueError where the run used no pool at all.
         """
         if self.deadlocks:
             return self.deadlocks[0]
+        troubles = [one for pool in self.pools for one in pool.troubles]
+        if troubles:
+            return min(troubles, key=lambda one: one.at)
         verdicts = [pool.last for pool in self.pools if pool.last is not None]
         if not verdicts:
             raise ValueError(
                 f"no verdict: {self.title!r} used no connection pool, or died before it could tell"
             )
-        order = (
-            "leaked", "loop blocked", "unfair", "held across a foreign await", "saturated", "healthy",
-        )  # fmt: skip
-        return min(verdicts, key=lambda one: order.index(one.cause))
+        order = ("leaked", "saturated", "healthy")
+        return min(verdicts, key=lambda one: order.index(one.cause) if one.cause in order else -1)
 
     def summary(self) -> str:
         """The picture in words: peaks, ends and outcomes, one line each; no times, so every run reads the same."""

@@ -14,6 +14,9 @@ Cause = Literal[
     "held across a foreign await",
 ]  # fmt: skip
 
+# What can pass before the run ends, so that the last verdict would not tell.
+TROUBLES: tuple[Cause, ...] = ("loop blocked", "unfair", "held across a foreign await")
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -196,7 +199,7 @@ def _held_report(verdict: Verdict) -> list[str]:
     (often, _), *_ = Counter(lines).most_common(1)
     return [
         f"HELD ACROSS A FOREIGN AWAIT in {verdict.pool}: {_out_of(verdict)}",
-        f"{len(foreign)} connections are held by tasks that wait for something else than the database.",
+        f"{len(foreign)} of them are held by tasks that wait for something else than the database.",
         *_block("held", (_innermost(one.places) for one in foreign)),
         *_block("they wait", lines),
         *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
