@@ -93,9 +93,9 @@ def running_places(thread: int) -> tuple[RawPlace, ...]:
 
 def foreign_place(subject: TaskOrThread) -> Place | None:
     """The line of the user's code in which a task or thread sleeps for something that SQLAlchemy does not know of."""
-    frames = sleeping_frames(subject)
     if isinstance(subject, asyncio.Task) and awaited_future(subject) is None:
         return None  # it is about to run, or runs
+    frames = sleeping_frames(subject)
     files = [one.f_code.co_filename for one in frames]
     if any(file.startswith(_SQLALCHEMY) for file in files):
         return None  # it waits for the database, or for the pool

@@ -45,7 +45,9 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
             frames.append(frame)
             if frame.f_code is greenlet_spawn.__code__:
                 # SQLAlchemy runs its synchronous code, and the user's that it calls, on a stack of its own.
-                frames += _down_from(locals_of(frame)["context"].gr_frame)
+                # Asked from another thread, the task may have woken and gone on meanwhile.
+                context = locals_of(frame).get("context")
+                frames += _down_from(context.gr_frame if context is not None else None)
         step = _awaited(step)
     return frames
 

@@ -46,9 +46,9 @@ def _awaited_by_frames(task: asyncio.Task[Any]) -> Iterable[Any]:
                 return set(tasks)
         elif frame.f_code.co_filename == asyncio.tasks.__file__:
             if name == "_wait":
-                return set(locals_of(frame)["fs"])
+                return set(locals_of(frame).get("fs", ()))
             if name == "wait_for":
-                return {locals_of(frame)["fut"]}
+                return {locals_of(frame).get("fut")}
     return ()
 
 
