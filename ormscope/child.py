@@ -111,6 +111,7 @@ class Reporter:
                     "timeouts": scope.timeouts,
                     "served_after_wait": scope.served_after_wait,
                     "longest_wait": scope.longest_wait,
+                    "mean_hold": scope.holds.total / max(scope.holds.count, 1),
                     "most_held_by_one": scope.most_held_by_one,
                 }
             )

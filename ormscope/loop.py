@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections import deque
 
 _INTERVAL_SECONDS = 0.02
+_REMEMBERED_SECONDS = 60.0
 
 
 class LoopScope:
@@ -18,12 +21,22 @@ class LoopScope:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._longest_finished = 0.0
+        # When a lag ended and how long it was. One that a later and longer one outdoes is left out, so they fall.
+        self._recent: deque[tuple[float, float]] = deque()
+        self._lock = threading.Lock()
         self._due = time.perf_counter()
         self._handle = self._loop.call_soon(self._beat)
 
     def _beat(self) -> None:
         now = time.perf_counter()
-        self._longest_finished = max(self._longest_finished, now - self._due)
+        lag = now - self._due
+        self._longest_finished = max(self._longest_finished, lag)
+        with self._lock:
+            while self._recent and self._recent[-1][1] <= lag:
+                self._recent.pop()
+            self._recent.append((now, lag))
+            while self._recent[0][0] < now - _REMEMBERED_SECONDS:
+                self._recent.popleft()
         self._due = now + _INTERVAL_SECONDS
         self._handle = self._loop.call_later(_INTERVAL_SECONDS, self._beat)
 
@@ -35,6 +48,16 @@ class LoopScope:
         """The longest lag since the last call of this method, the present one included, in seconds."""
         longest, self._longest_finished = max(self._longest_finished, self.lag()), 0.0
         return longest
+
+    def longest_lag_within(self, seconds: float) -> float:
+        """The longest lag of the last `seconds` (60 at most), the present one included, in seconds.
+
+        It forgets nothing, so any number of readers get the same answer.
+        """
+        since = time.perf_counter() - seconds
+        with self._lock:
+            finished = next((lag for end, lag in self._recent if end >= since), 0.0)
+        return max(finished, self.lag())
 
     def close(self) -> None:
         """Stop watching."""

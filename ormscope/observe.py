@@ -269,6 +269,7 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
         curve.timeouts = pool["timeouts"]
         curve.served_after_wait = pool["served_after_wait"]
         curve.longest_wait = pool["longest_wait"]
+        curve.mean_hold = pool["mean_hold"]
         curve.most_held_by_one = pool["most_held_by_one"]
     recording.requests += map(Request._make, seen["requests"])
     recording.announced = seen["announced"]

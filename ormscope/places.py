@@ -17,6 +17,7 @@ import sqlalchemy
 
 from ormscope.owners import TaskOrThread
 from ormscope.stacks import awaited_future, sleeping_frames, thread_frames
+from ormscope.waitgraph import awaited_tasks
 
 # A frame as it was at one moment. Resolving it to text costs file access, so that waits until somebody asks.
 RawPlace = tuple[CodeType, int]
@@ -92,19 +93,27 @@ def running_places(thread: int) -> tuple[RawPlace, ...]:
 
 
 def foreign_place(subject: TaskOrThread) -> Place | None:
-    """The line of the user's code in which a task or thread sleeps for something that SQLAlchemy does not know of."""
+    """The line of the user's code in which a task or thread sleeps for something that SQLAlchemy does not know of.
+
+    A framework may run the user's code in a task of its own, for which this one waits; then the line is there.
+    """
     if isinstance(subject, asyncio.Task) and awaited_future(subject) is None:
         return None  # it is about to run, or runs
     frames = sleeping_frames(subject)
     files = [one.f_code.co_filename for one in frames]
     if any(file.startswith(_SQLALCHEMY) for file in files):
         return None  # it waits for the database, or for the pool
-    own = [
-        frame
-        for frame, file in zip(frames, files, strict=True)
-        if is_user_code(file) and not file.startswith(_SITE_PACKAGES)
+    users = [
+        (frame.f_code, frame.f_lineno) for frame in frames if is_user_code(frame.f_code.co_filename)
     ]
-    return place((own[-1].f_code, own[-1].f_lineno)) if own else NOWHERE
+    own = [one for one in users if not one[0].co_filename.startswith(_SITE_PACKAGES)]
+    if own:
+        return place(own[-1])
+    children = awaited_tasks(subject) if isinstance(subject, asyncio.Task) else ()
+    found = [foreign_place(one) for one in children]
+    # Else the framework itself waits: for the browser to hang up, say.
+    known = [one for one in found if one not in (None, NOWHERE)]
+    return min(known, default=place(users[-1]) if users else NOWHERE)
 
 
 @dataclass(frozen=True, order=True)

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
 from ormscope import waitgraph
+from ormscope.durations import Durations
 from ormscope.owners import Owner, TaskOrThread, current, name_of
 from ormscope.places import (
     NOWHERE,
@@ -30,9 +31,9 @@ from ormscope.places import (
     sleeping_places,
 )
 from ormscope.stacks import awaited_future
-from ormscope.verdict import TROUBLES, Holding, Verdict, Waiting, judge
+from ormscope.tracebacks import outcome_of
+from ormscope.verdict import TROUBLES, Cause, Holding, Verdict, Waiting, judge
 
-_HOLDER = "ormscope.holder"
 # The dialect's events, not the engine's: those would slow down each BEGIN, COMMIT and result as well.
 _STATEMENT_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 # calling_places, PoolScope._takes, Watched._do_get, and three of SQLAlchemy's pool, up to Pool.connect.
@@ -46,7 +47,10 @@ _FOREIGN_SECONDS = (
 _UNFAIR_TURNS = (
     5  # connections taken past the queue, in units of the capacity, while nobody in it was served
 )
+# Nothing has come back for so long that "busy, but moving" would be a guess.
+_STILL_SECONDS = 3.0
 _KEPT_SAMPLES = 100_000
+_KEPT_DEADLOCKS = 100  # a service that deadlocks anew each half minute does so for days
 
 _scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
 
@@ -88,8 +92,13 @@ class PoolScope:
     keeps that class, and the scope goes on with the engine's new pool.
 
     `samples` holds the curve (a `Sample` for each change, the last 100,000), `deadlocks` a `Verdict`
-    for each deadlock that was proved, `timeouts` how many waits ended in `sqlalchemy.exc.TimeoutError`,
-    `longest_wait` seconds, `most_held_by_one` the most connections that one task or thread had at once.
+    for each deadlock that was proved (the first 100 of `deadlock_count`), `timeouts` how many waits ended
+    in `sqlalchemy.exc.TimeoutError`, `longest_wait` seconds, `most_held_by_one` the most connections that
+    one task or thread had at once.
+
+    `waits` counts the requests for a connection by how long they waited, 0 where one was free and with a
+    connect at the end included, `holds` the connections that came back by how long they were checked out;
+    `opened` and `closed` are connections to the server.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, name: str | None = None) -> None:
@@ -97,6 +106,12 @@ class PoolScope:
         self.name = name or self.engine.pool.logging_name or "pool"
         self.samples: deque[Sample] = deque(maxlen=_KEPT_SAMPLES)
         self.deadlocks: list[Verdict] = []
+        self.deadlock_count = 0
+        self.waits = Durations()
+        self.holds = Durations()
+        self.checkouts = 0
+        self.opened = 0
+        self.closed = 0
         self.timeouts = 0
         self.served_after_wait = 0
         self.longest_wait = 0.0
@@ -110,20 +125,32 @@ class PoolScope:
         self._check_due = False
         self._checked_at = 0.0
         self._loop_thread = 0
+        self._returned = 0  # connections that came back
+        self._returned_at = time.perf_counter()
+        self._connect_error: str | None = None  # of the last attempt to connect, where it failed
+        # Connections that were out before anybody looked, so that nobody knows whose they are.
+        self._unseen = self.checked_out
         self._overtaken = 0  # connections taken past the queue since somebody in it was served
         self._lock = threading.RLock()
         self._class = type(self.engine.pool)
         self.engine.pool.__class__ = _watched(self._class, self)
-        for name in _STATEMENT_EVENTS:
-            event.listen(self.engine, name, self._executes)
+        _make_queue(self.engine.pool)
+        self._listeners = {
+            **dict.fromkeys(_STATEMENT_EVENTS, self._executes),
+            "connect": self._opens,
+            "close": self._closes,
+            "close_detached": self._closes,
+        }
+        for name, listener in self._listeners.items():
+            event.listen(self.engine, name, listener)
         _scopes.add(self)
 
     def close(self) -> None:
         """Stop watching; the pool gets its own class back."""
         if self in _scopes:
             self.engine.pool.__class__ = self._class
-            for name in _STATEMENT_EVENTS:
-                event.remove(self.engine, name, self._executes)
+            for name, listener in self._listeners.items():
+                event.remove(self.engine, name, listener)
             _scopes.discard(self)
 
     @property
@@ -171,7 +198,11 @@ class PoolScope:
 
         May be called from any thread; only another one can see that the event loop is blocked now.
         """
-        return self._judge(self._is_stuck())
+        return self._judge(self._is_stuck_now())
+
+    def cause(self) -> Cause:
+        """The verdict's cause, without the lines that explain it: cheap, for who asks all the time, from any thread."""
+        return self._judge(self._is_stuck_now(), report=False).cause
 
     def trouble(self) -> Verdict | None:
         """The verdict, if those who wait now wait for one of the TROUBLES; cheap where they do not.
@@ -184,6 +215,7 @@ class PoolScope:
         suspected = (
             self._overtaken > _UNFAIR_TURNS * (self.capacity or 0)
             or self._blocked(now) is not None
+            or self._connect_error is not None
             or any(self._elsewhere(one, now) is not None for one in self.holders)
         )
         verdict = self.verdict() if suspected else None
@@ -218,27 +250,33 @@ class PoolScope:
                 self._waiting -= 1
             self._sample(time.perf_counter(), pool)
 
-    def _leaves(self, who: TaskOrThread, now: float) -> bool:
+    def _leaves(self, who: TaskOrThread, now: float) -> float | None:
+        """Take somebody out of the queue; return the seconds in it, None for who was not there."""
         waiter = self._waiters.pop(who, None)
         if waiter is None:
-            return False
+            return None
         self._waiting -= not waiter.connecting
-        self.longest_wait = max(self.longest_wait, now - waiter.since)
-        return True
+        waited = now - waiter.since
+        self.longest_wait = max(self.longest_wait, waited)
+        return waited
 
     def _takes(self, who: TaskOrThread, record: ConnectionPoolEntry, pool: Pool) -> None:
         now = time.perf_counter()
         with self._lock:
-            if self._leaves(who, now):
+            waited = self._leaves(who, now)
+            if waited is not None:
                 self.served_after_wait += 1
                 self._overtaken = 0
             elif self._waiting:
                 self._overtaken += 1
             if record in self._holders:  # counted by the attempt within this one
                 return
+            self._connect_error = None
+            self.checkouts += 1
+            self.waits.add(waited or 0.0)
             owner = Owner(who)
             holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner, now)
-            self._holders[record] = record.info[_HOLDER] = holder
+            self._holders[record] = record.info[self] = holder
             self._held_by[owner.key] += 1
             self.most_held_by_one = max(self.most_held_by_one, self._held_by[owner.key])
             self._sample(now, pool)
@@ -247,23 +285,42 @@ class PoolScope:
         now = time.perf_counter()
         with self._lock:
             self.timeouts += isinstance(error, PoolTimeoutError)
-            self._leaves(who, now)
+            if isinstance(error, Exception) and not isinstance(error, PoolTimeoutError):
+                lines = str(error).splitlines()
+                self._connect_error = ": ".join([outcome_of(error), *lines[:1]])
+            waited = self._leaves(who, now)
+            if waited is not None:
+                self.waits.add(waited)
             self._sample(now, pool)
 
     def _gives_back(self, record: ConnectionPoolEntry, pool: Pool) -> None:
+        now = time.perf_counter()
         with self._lock:
             holder = self._holders.pop(record, None)
             if holder is not None:
+                self.holds.add(now - holder.since)
                 self._held_by[holder.owner.key] -= 1
                 if not self._held_by[holder.owner.key]:
                     del self._held_by[holder.owner.key]
+            elif self._unseen:
+                self._unseen -= 1
             self._deadlock = None  # a connection came back, so the circle is broken
-            self._sample(time.perf_counter(), pool)
+            self._returned += 1
+            self._returned_at = now
+            self._sample(now, pool)
+
+    def _opens(self, *about: Any) -> None:
+        with self._lock:
+            self.opened += 1
+
+    def _closes(self, *about: Any) -> None:
+        with self._lock:
+            self.closed += 1
 
     def _executes(self, cursor: Any, statement: str, *rest: Any) -> None:
         context: ExecutionContext = rest[-1]
         try:
-            holder: Holder | None = context.root_connection.info.get(_HOLDER)
+            holder: Holder | None = context.root_connection.info.get(self)
         except NotImplementedError:
             return  # the dialect's first look at the server, before the pool hands the connection out
         if holder is not None:
@@ -307,7 +364,9 @@ class PoolScope:
         if self._is_stuck():
             with self._lock:
                 self._deadlock = self._judge(stuck=True)
-                self.deadlocks.append(self._deadlock)
+                self.deadlock_count += 1
+                if len(self.deadlocks) < _KEPT_DEADLOCKS:
+                    self.deadlocks.append(self._deadlock)
             for seen in self._deadlock_seen:
                 if not seen.done():
                     seen.set_result(self._deadlock)
@@ -345,13 +404,26 @@ class PoolScope:
 
         return waitgraph.are_stuck(wakers, pool_wakers)
 
-    def _judge(self, stuck: bool) -> Verdict:
+    def _is_stuck_now(self) -> bool:
+        """`_is_stuck`, asked from another thread perhaps.
+
+        Then the pool may move between the looks at two holders, and each be seen at a moment when it waits.
+        """
+        before = self._returned
+        return self._is_stuck() and self._returned == before
+
+    def _judge(self, stuck: bool, report: bool = True) -> Verdict:
+        """The verdict; without a `report` it lacks places and contenders, which take long to find."""
         now = time.perf_counter()
         with self._lock:
             waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
             holders = list(self._holders.values())
         waiting = {
-            who: Waiting(name_of(who), now - one.since, tuple(map(place, self._standing(who))))
+            who: Waiting(
+                name_of(who),
+                now - one.since,
+                tuple(map(place, self._standing(who))) if report else (),
+            )
             for who, one in waiters.items()
         }
         everyone = {*waiters, *(one.owner.subject for one in holders if one.owner.subject)}
@@ -364,7 +436,7 @@ class PoolScope:
                 Holding(
                     owner=one.owner.name,
                     age=now - one.since,
-                    places=tuple(map(place, one.frames)),
+                    places=tuple(map(place, one.frames)) if report else (),
                     alive=one.owner.alive,
                     waits=asked,
                     elsewhere=self._elsewhere(one, now) if asked is None else None,
@@ -382,13 +454,23 @@ class PoolScope:
             deadlock=stuck,
             blocked=self._blocked(now),
             overtaken=self._overtaken > _UNFAIR_TURNS * (self.capacity or 0),
+            connect_error=self._connect_error,
+            unseen=self._unseen,
+            still=self._is_still(now),
             # A task and those that it awaits compete as one.
-            contenders=len(everyone - {below for who in everyone for below in _below(who)}),
+            contenders=len(everyone - {below for who in everyone for below in _below(who)})
+            if report
+            else 0,
         )
 
     def _standing(self, who: TaskOrThread) -> tuple[RawPlace, ...]:
         """Where somebody stands in the queue; on the loop itself, if a synchronous pool makes it wait there."""
         return sleeping_places(who) or running_places(self._loop_thread)
+
+    def _is_still(self, now: float) -> bool:
+        """Whether somebody waits, and no connection has come back for long."""
+        since = max((one.since for one in self.waiters[:1]), default=now)
+        return now - max(since, self._returned_at) > _STILL_SECONDS
 
     def _late(self, now: float) -> float:
         """How long ago the event loop should have come round, in seconds; 0 where nobody waits on it."""
@@ -426,6 +508,11 @@ def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
     """A subclass of a pool's class that tells `scope` what happens to it."""
 
     class Watched(base):  # type: ignore[misc]
+        def recreate(self) -> Any:
+            pool = super().recreate()
+            _make_queue(pool)
+            return pool
+
         def _do_get(self) -> ConnectionPoolEntry:
             who = current()
             if who in scope._waiters:  # SQLAlchemy's second attempt within one request
@@ -451,6 +538,12 @@ def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
                 scope._gives_back(record, self)
 
     return Watched
+
+
+def _make_queue(pool: Any) -> None:
+    """Have an asynchronous pool make its queue now: at the first look at it, two threads might make one each."""
+    if isinstance(pool, QueuePool):
+        pool.checkedin()
 
 
 def _must_wait(pool: Any) -> bool:

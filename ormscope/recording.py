@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ormscope.memory import MemorySample
@@ -31,7 +32,8 @@ class PoolCurve:
     """One pool over time. `samples` is a step function: each holds until the next; times in seconds from the start.
 
     `deadlocks` are those that were proved, `troubles` the first verdict on each other cause that made tasks wait
-    in vain for a while, and `last` is the verdict at the end.
+    in vain for a while, and `last` is the verdict at the end. `mean_hold` is how long connections were checked out
+    on average, of those that came back, in seconds.
     """
 
     name: str
@@ -43,6 +45,7 @@ class PoolCurve:
     timeouts: int = 0
     served_after_wait: int = 0
     longest_wait: float = 0.0
+    mean_hold: float = 0.0
     most_held_by_one: int = 0
 
     @property
@@ -54,6 +57,13 @@ class PoolCurve:
     def most_waiting(self) -> int:
         """The highest point of the curve of tasks waiting."""
         return max((one.waiting for one in self.samples), default=0)
+
+    @property
+    def mean_checked_out(self) -> float:
+        """Connections checked out on average, from the first change of the curve to the last."""
+        pairs = list(pairwise(self.samples))
+        area = sum(one.checked_out * (after.time - one.time) for one, after in pairs)
+        return area / (self.samples[-1].time - self.samples[0].time) if pairs else 0.0
 
     @property
     def filled_at(self) -> float | None:
@@ -167,7 +177,7 @@ class Recording:
             raise ValueError(
                 f"no verdict: {self.title!r} used no connection pool, or died before it could tell"
             )
-        order = ("leaked", "saturated", "healthy")
+        order = ("leaked", "unknown", "saturated", "healthy")
         return min(verdicts, key=lambda one: order.index(one.cause) if one.cause in order else -1)
 
     def summary(self) -> str:

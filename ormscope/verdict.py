@@ -11,11 +11,16 @@ from ormscope.places import NOWHERE, Place
 
 Cause = Literal[
     "healthy", "saturated", "deadlock", "leaked", "loop blocked", "unfair",
-    "held across a foreign await",
+    "held across a foreign await", "connects failing", "unknown",
 ]  # fmt: skip
 
 # What can pass before the run ends, so that the last verdict would not tell.
-TROUBLES: tuple[Cause, ...] = ("loop blocked", "unfair", "held across a foreign await")
+TROUBLES: tuple[Cause, ...] = (
+    "loop blocked",
+    "unfair",
+    "held across a foreign await",
+    "connects failing",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Verdict:
     holding: tuple[Holding, ...]
     waiting: tuple[Waiting, ...]
     blocked: Place | None
+    connect_error: str | None
+    unseen: int
     tasks: int
     depth: int
 
@@ -84,12 +91,17 @@ def judge(
     deadlock: bool,
     blocked: Place | None,
     overtaken: bool,
+    connect_error: str | None,
+    unseen: int,
+    still: bool,
     contenders: int,
 ) -> Verdict:
     """The verdict on a pool at one moment.
 
     `blocked` is where the event loop is blocked, `overtaken` whether those in the queue are passed again and
-    again, and `contenders` are the tasks that compete for the pool.
+    again, `connect_error` how the last attempt to connect failed, `unseen` how many connections were out before
+    anybody looked, `still` whether none has come back for long, and `contenders` are the tasks that compete for
+    the pool.
     """
     cause: Cause
     if deadlock:
@@ -102,6 +114,10 @@ def judge(
         cause = "unfair"
     elif waiting and 2 * sum(one.elsewhere is not None for one in holding) > len(holding):
         cause = "held across a foreign await"
+    elif connect_error is not None:
+        cause = "connects failing"
+    elif waiting and (unseen or still):
+        cause = "unknown"
     elif waiting:
         cause = "saturated"
     else:
@@ -117,6 +133,8 @@ def judge(
         holding=holding,
         waiting=waiting,
         blocked=blocked,
+        connect_error=connect_error,
+        unseen=unseen,
         tasks=contenders,
         depth=max(held.values(), default=0) + 1,
     )
@@ -228,6 +246,34 @@ def _blocked_report(verdict: Verdict) -> list[str]:
     ]
 
 
+def _connects_report(verdict: Verdict) -> list[str]:
+    return [
+        f"CONNECTS FAILING in {verdict.pool}: {_out_of(verdict)}",
+        f"The last attempt to connect failed: {verdict.connect_error}",
+        # SQLAlchemy's pool wakes a waiter when a connection comes back, not when an attempt has failed.
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"  {'fix':<9} look at the server: its address, whether it runs, whether max_connections is reached",
+    ]
+
+
+def _unknown_report(verdict: Verdict) -> list[str]:
+    if verdict.unseen:
+        why = (
+            f"{verdict.unseen} were checked out before this PoolScope was made; nobody saw by whom."
+        )
+        fix = "create the PoolScope where the engine is created"
+    else:
+        why = "Nothing has come back for seconds. A slow statement, or a lock? Only the server can tell."
+        fix = "ask it: SELECT state, wait_event_type, query FROM pg_stat_activity"
+    return [
+        f"UNKNOWN in {verdict.pool}: {_out_of(verdict)}",
+        why,
+        *_block("held", (_innermost(one.places) for one in verdict.holding)),
+        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"  {'fix':<9} {fix}",
+    ]
+
+
 def _healthy_report(verdict: Verdict) -> list[str]:
     return [f"HEALTHY {verdict.pool}: {_out_of(verdict)}"]
 
@@ -238,6 +284,8 @@ _REPORTS = {
     "loop blocked": _blocked_report,
     "unfair": _unfair_report,
     "held across a foreign await": _held_report,
+    "connects failing": _connects_report,
+    "unknown": _unknown_report,
     "saturated": _saturated_report,
     "healthy": _healthy_report,
 }

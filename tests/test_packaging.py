@@ -23,7 +23,11 @@ REQUIREMENTS = [
     for line in lines
 ]
 # conda-forge's names, where they are not PyPI's.
-CONDA_NAMES = {"matplotlib": "matplotlib-base", "memory-profiler": "memory_profiler"}
+CONDA_NAMES = {
+    "matplotlib": "matplotlib-base",
+    "memory-profiler": "memory_profiler",
+    "prometheus-client": "prometheus_client",
+}
 # What environment.yml has and pyproject.toml has not: pip, the asyncio in sqlalchemy[asyncio], and
 # the server, which takes the place of the wheel.
 ONLY_IN_CONDA = {"pip", "greenlet", "postgresql"}

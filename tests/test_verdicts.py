@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.util import await_only
 
 from ormscope import PoolScope, Verdict
 from workshop.database import Server
 
 SELECT = text("select 1")
 PATIENCE = 20  # seconds; only a broken instrument takes so long
-SLOW = {
-    "postgresql": text("select pg_sleep(3)"),
-    "sqlite": text(
-        "with recursive n(i) as (select 1 union all select i + 1 from n where i < 9000000)"
-        " select count(*) from n"
-    ),
-}
+SLOW = text("select pg_sleep(2)")
 
 
 @pytest.fixture(params=["postgresql", "sqlite"])
@@ -73,9 +68,15 @@ async def healthy(engine: AsyncEngine, scope: PoolScope) -> Verdict:
 
 
 async def saturated(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def let_it_sleep_too(connection: Any, record: Any) -> None:
+            connection.create_function("pg_sleep", 1, time.sleep)
+
     async def report() -> None:
         async with engine.connect() as connection:
-            await connection.execute(SLOW[engine.dialect.name])
+            await connection.execute(SLOW)
 
     async with crowd(engine, scope, *(asyncio.create_task(report()) for _ in range(2))):
         await asyncio.sleep(0.3)
@@ -155,6 +156,32 @@ async def loop_blocked(engine: AsyncEngine, scope: PoolScope) -> Verdict:
     return found[0]
 
 
+async def connects_failing(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    """Two attempts fail, and the third task goes on waiting: the pool wakes nobody for that."""
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def refuse(*about: Any) -> None:
+        await_only(asyncio.sleep(0.2))
+        raise OSError("nobody is there")
+
+    tasks = [asyncio.create_task(price_of(engine)) for _ in range(3)]
+    _, waiting = await asyncio.wait(tasks[:2], return_when=asyncio.ALL_COMPLETED)
+    assert not waiting and scope.checked_out == 0 and len(scope.waiters) == 1
+    verdict = scope.verdict()
+    await cancelled(*tasks)
+    return verdict
+
+
+async def unknown(engine: AsyncEngine, scope: PoolScope) -> Verdict:
+    """Connections that were out before anybody looked."""
+    scope.close()
+    async with engine.connect(), engine.connect():
+        scope = PoolScope(engine)
+        async with crowd(engine, scope):
+            await asyncio.sleep(0.3)
+            return scope.verdict()
+
+
 CAUSES = (
     healthy,
     saturated,
@@ -163,6 +190,8 @@ CAUSES = (
     held_across_a_foreign_await,
     unfair,
     loop_blocked,
+    connects_failing,
+    unknown,
 )
 
 
@@ -210,3 +239,75 @@ def test_a_synchronous_wait_on_the_loop_blocks_it(server: Server) -> None:
     engine.dispose()
     assert [one.cause for one in found] == ["loop blocked"]
     assert found[0].blocked is not None and found[0].blocked.function.endswith("ask")
+
+
+def test_who_waits_for_a_lock_in_the_server_is_not_called_moving(server: Server) -> None:
+    """The holders are in the middle of a statement, and no client can tell a slow one from one that waits."""
+    lock = text("select pg_advisory_xact_lock(4711)")
+
+    async def main() -> list[Verdict]:
+        engine = create_async_engine(server.url, pool_size=2, max_overflow=0)
+        scope = PoolScope(engine)
+
+        async def update() -> None:
+            async with engine.begin() as connection:
+                await connection.execute(lock)
+
+        async with create_async_engine(server.url).begin() as other:
+            await other.execute(lock)
+            async with crowd(engine, scope, *(asyncio.create_task(update()) for _ in range(2))):
+                early = scope.verdict()
+                await until(lambda: scope.verdict().cause != early.cause)
+                return [early, scope.verdict()]
+
+    early, late = asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert [early.cause, late.cause] == ["saturated", "unknown"]
+    assert "Nothing has come back" in str(late) and "pg_stat_activity" in str(late)
+
+
+def test_connections_that_were_out_before_come_back(server: Server) -> None:
+    """Once they have, everything is known again."""
+
+    async def main() -> str:
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0)
+        async with engine.connect():
+            scope = PoolScope(engine)
+        async with engine.connect() as connection:
+            waiting = asyncio.create_task(price_of(engine))
+            await until(lambda: scope.waiters)
+            await connection.execute(SELECT)
+            cause = scope.verdict().cause
+        await waiting
+        await engine.dispose()
+        return cause
+
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == "saturated"
+
+
+def test_a_framework_may_run_the_code_that_waits_in_a_task_of_its_own(server: Server) -> None:
+    """The line is that of the task for which the holder waits, as with a streaming response."""
+
+    async def stream() -> None:
+        await asyncio.sleep(30)
+
+    async def respond(engine: AsyncEngine) -> None:
+        async with engine.connect() as connection:
+            await connection.execute(SELECT)
+            await asyncio.wait([asyncio.create_task(stream())])
+
+    def hide(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, as if it stood in an installed package."""
+        code = function.__code__.replace(co_filename=pytest.__file__)
+        return type(function)(code, globals(), closure=function.__closure__)
+
+    async def main() -> Verdict:
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0)
+        scope = PoolScope(engine)
+        async with crowd(engine, scope, asyncio.create_task(hide(respond)(engine))):
+            await asyncio.sleep(0.3)
+            return scope.verdict()
+
+    verdict = asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert verdict.cause == "held across a foreign await"
+    (holding,) = verdict.holding
+    assert holding.elsewhere is not None and holding.elsewhere.function == "stream", str(verdict)

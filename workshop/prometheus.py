@@ -1,0 +1,311 @@
+"""Watching a service from outside: its metrics over HTTP, and a Prometheus that judges them.
+
+Prometheus is a program of its own and need not be there; where it is, it is started on a free port of
+127.0.0.1, in a temporary folder, and goes with whoever asked for it, however that one ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import IncompleteRead
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
+from urllib.request import ProxyHandler, build_opener
+
+from matplotlib.axes import Axes
+from prometheus_client.parser import text_string_to_metric_families
+
+from ormscope.metrics import ALERTS
+from ormscope.picture import CAPACITY, FAILED, WAITING, Picture, look, new_figure
+from workshop.mistake import Mistake
+
+ROOT = Path(__file__).resolve().parent.parent
+HURRY = 60
+"""In the lesson, a minute of the alert rules lasts a second."""
+
+# Straight to this machine, also where HTTP_PROXY is set.
+_open = build_opener(ProxyHandler({})).open
+# How it looks when a service is not there yet, or any more.
+_ABSENT = (URLError, TimeoutError, ConnectionError, IncompleteRead)
+_SCRAPE_SECONDS = 0.25
+_START_SECONDS = 30.0
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 where nobody listens at this moment."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def ask(port: int, timeout: float = 1.0) -> str:
+    """The metrics of the service at a port of 127.0.0.1, as text.
+
+    Raises URLError or TimeoutError where it does not answer within `timeout` seconds.
+    """
+    with _open(f"http://127.0.0.1:{port}/metrics", timeout=timeout) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """The metrics of one pool at `time`, in seconds: its name, its verdict, and the numbers, without buckets."""
+
+    time: float
+    pool: str
+    cause: str
+    numbers: dict[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """One number: `scrape["waiting"]` is sqlalchemy_pool_waiting. Raises KeyError where there is none."""
+        return self.numbers[f"sqlalchemy_pool_{name}"]
+
+    @property
+    def lag(self) -> float:
+        """event_loop_lag_seconds."""
+        return self.numbers["event_loop_lag_seconds"]
+
+
+def parsed(text: str, at: float = 0.0) -> Scrape:
+    """The metrics of a service that has one pool."""
+    numbers, pool, cause = {}, "", ""
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            pool = sample.labels.get("pool", pool)
+            if "cause" in sample.labels:
+                cause = sample.labels["cause"] if sample.value else cause
+            elif "le" not in sample.labels:
+                numbers[sample.name] = sample.value
+    return Scrape(at, pool, cause, numbers)
+
+
+def hurried(rules: str, factor: float) -> str:
+    """Alert rules whose minutes last 60 / `factor` seconds; what they mean stays the same."""
+
+    def shorter(match: re.Match[str]) -> str:
+        milliseconds = int(match["minutes"]) * 60_000 / factor
+        return f"{match['before']}{milliseconds:.0f}ms{match['after']}"
+
+    return re.sub(
+        r"(?P<before>for: |\[)(?P<minutes>\d+)m(?P<after>\]|$)", shorter, rules, flags=re.MULTILINE
+    )
+
+
+class Prometheus:
+    """A Prometheus that scrapes one port of 127.0.0.1 and evaluates alert rules, until `close()`.
+
+    Raises Mistake where the program is missing, or does not start.
+    """
+
+    def __init__(self, target: int, rules: str, scrape_seconds: float = _SCRAPE_SECONDS) -> None:
+        program = shutil.which("prometheus")
+        if program is None:
+            raise Mistake("There is no program named prometheus here.")
+        interval = f"{scrape_seconds * 1000:.0f}ms"
+        setting: dict[str, Any] = {
+            "global": {
+                "scrape_interval": interval,
+                "scrape_timeout": interval,
+                "evaluation_interval": interval,
+            },
+            "rule_files": ["alerts.yml"],
+            "scrape_configs": [
+                {"job_name": "shop", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
+            ],
+        }
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        # The keeper outlives a kernel that is killed with its process group, if only by a moment.
+        detached: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+            detached = {"creationflags": flags}
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-c", _KEEPER, program, str(port), json.dumps(setting), rules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **detached,
+        )
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while self._keeper.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(*_ABSENT), _open(f"{self._url}/-/ready", timeout=1):
+                return
+            time.sleep(0.05)
+        raise Mistake("Prometheus did not start. Run `prometheus --version` to see why.")
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The result of a PromQL expression now: for each series its labels ("metric") and "value"."""
+        answer: list[dict[str, Any]] = self._get(f"query?{urlencode({'query': expression})}")[
+            "result"
+        ]
+        return answer
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """The alerts that are pending or firing now."""
+        answer: list[dict[str, Any]] = self._get("alerts")["alerts"]
+        return answer
+
+    def fired(self) -> set[tuple[str, str]]:
+        """The alerts that have fired since the start, each with the pool that it fired for."""
+        found = self.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
+        return {(one["metric"]["alertname"], one["metric"]["pool"]) for one in found}
+
+    def _get(self, what: str) -> dict[str, Any]:
+        with _open(f"{self._url}/api/v1/{what}", timeout=10) as answer:
+            data: dict[str, Any] = json.load(answer)["data"]
+        return data
+
+    def close(self) -> None:
+        """End it, and wait until it and its folder are gone."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        self._keeper.wait(timeout=30)
+
+
+# Keeps one Prometheus as long as its standard input is open, which ends with the parent in any case. (A thread of
+# its own reads that, so that a Prometheus that does not start ends its keeper.)
+_KEEPER = """
+import subprocess, sys, tempfile, threading
+from pathlib import Path
+program, port, setting, rules = sys.argv[1:]
+with tempfile.TemporaryDirectory(prefix="workshop-prometheus-") as folder:
+    Path(folder, "prometheus.yml").write_text(setting, encoding="utf-8")  # JSON is YAML
+    Path(folder, "alerts.yml").write_text(rules, encoding="utf-8")
+    prometheus = subprocess.Popen(
+        # Relative, for rule_files are patterns: it would find none in a folder whose name has a bracket.
+        [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+         f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"],
+        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    threading.Thread(target=lambda: (sys.stdin.read(), prometheus.terminate()), daemon=True).start()
+    prometheus.wait()
+"""
+
+
+class Monitor:
+    """Watches the services that listen at `port`, one after another, four times a second, until `close()`.
+
+    `scrapes` are their metrics in the order of time. The alert rules of ormscope are evaluated with each minute
+    shortened to a second: by Prometheus if it is installed, else here, from the same metrics.
+    """
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.scrapes: list[Scrape] = []
+        installed = shutil.which("prometheus") is not None
+        rules = hurried(ALERTS.read_text(encoding="utf-8"), HURRY)
+        self._prometheus = Prometheus(self.port, rules) if installed else None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._scrape_for_ever, name="monitor", daemon=True)
+        self._thread.start()
+
+    @property
+    def judge(self) -> str:
+        """Who evaluates the alert rules."""
+        return "Prometheus" if self._prometheus else "the lesson itself, for want of Prometheus"
+
+    def of(self, pool: str) -> list[Scrape]:
+        """The metrics of the pool with this name, in the order of time."""
+        return [one for one in self.scrapes if one.pool == pool]
+
+    def alerts(self, pool: str) -> list[str]:
+        """The names of the alerts that fired for the pool with this name, in alphabetical order."""
+        if self._prometheus is None:
+            return alerts_of(self.of(pool))
+        return sorted(alert for alert, about in self._prometheus.fired() if about == pool)
+
+    def plot(self, *pools: str) -> Picture:
+        """Those who wait, and the oldest wait, over time, for several pools side by side."""
+        return _draw({pool: self.of(pool) for pool in pools}, self.judge)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closing.set()
+        self._thread.join()
+        if self._prometheus is not None:
+            self._prometheus.close()
+
+    def _scrape_for_ever(self) -> None:
+        while not self._closing.wait(_SCRAPE_SECONDS):
+            try:
+                self.scrapes.append(parsed(ask(self.port), time.monotonic()))
+            except HTTPError:
+                raise  # it is there, and its collector fails
+            except _ABSENT:
+                continue
+
+
+def alerts_of(scrapes: Sequence[Scrape]) -> list[str]:
+    """The alerts of ormscope/alerts.yml that would have fired, in a hurry, for one pool with these metrics.
+
+    What Prometheus does from the same rules; of the second rule only the oldest wait.
+    """
+    fired = set()
+    if any(one.cause == "deadlock" or one["deadlocks_total"] for one in scrapes):
+        fired.add("ConnectionPoolDeadlock")
+    late = itertools.groupby(scrapes, key=lambda one: bool(one["oldest_wait_seconds"] > 1))
+    for is_late, group in late:
+        times = [one.time for one in group]
+        if is_late and times[-1] - times[0] >= 120 / HURRY:
+            fired.add("ConnectionPoolWait")
+    return sorted(fired)
+
+
+def _draw(runs: dict[str, list[Scrape]], judge: str) -> Picture:
+    rows = (("waiting", "tasks waiting", 20), ("oldest_wait_seconds", "oldest wait, s", 2))
+    with look():
+        figure = new_figure(10, 5.0)
+        grid: Any = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
+        for (name, label, least), line in zip(rows, grid, strict=True):
+            line[0].set_ylabel(label)
+            top = max([least, *(one[name] for run in runs.values() for one in run)])
+            for axes, run in zip(line, runs.values(), strict=True):
+                _curve(axes, [(one.time - run[0].time, one[name]) for one in run])
+                axes.set_ylim(0, top * 1.1)
+        for column, pool in enumerate(runs):
+            grid[0][column].set_title(pool)
+            grid[1][column].axhline(1, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
+            grid[1][column].set_xlabel("seconds since the first scrape")
+        grid[1][len(runs) // 2].annotate("alert above 1 s", (0, 1.1), color=FAILED, weight="bold")
+    alternative = "; ".join(
+        f"{pool}: up to {max(one['waiting'] for one in run):.0f} tasks waiting, the oldest for up to"
+        f" {max(one['oldest_wait_seconds'] for one in run):.1f} s"
+        for pool, run in runs.items()
+    )
+    title = " | ".join(runs)
+    return Picture(figure, title, f"{alternative}. The alerts were evaluated by {judge}.")
+
+
+def _curve(axes: Axes, points: list[tuple[float, float]]) -> None:
+    axes.plot(
+        [at for at, _ in points],
+        [value for _, value in points],
+        color=WAITING,
+        marker="o",
+        markersize=4,
+        markerfacecolor=CAPACITY,
+        markeredgewidth=0,
+    )
