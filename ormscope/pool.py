@@ -285,10 +285,13 @@ class PoolScope:
         now = time.perf_counter()
         with self._lock:
             self.timeouts += isinstance(error, PoolTimeoutError)
-            if isinstance(error, Exception) and not isinstance(error, PoolTimeoutError):
+            waiter = self._waiters.get(who)
+            waited = self._leaves(who, now)
+            could_not_connect = waiter is None or waiter.connecting
+            # A cancelled attempt harms only those in the queue, whom nobody wakes now.
+            if could_not_connect and (isinstance(error, Exception) or self._waiting):
                 lines = str(error).splitlines()
                 self._connect_error = ": ".join([outcome_of(error), *lines[:1]])
-            waited = self._leaves(who, now)
             if waited is not None:
                 self.waits.add(waited)
             self._sample(now, pool)

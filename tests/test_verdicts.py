@@ -311,3 +311,31 @@ def test_a_framework_may_run_the_code_that_waits_in_a_task_of_its_own(server: Se
     assert verdict.cause == "held across a foreign await"
     (holding,) = verdict.holding
     assert holding.elsewhere is not None and holding.elsewhere.function == "stream", str(verdict)
+
+
+def test_who_is_cancelled_while_connecting_leaves_the_queue_asleep(server: Server) -> None:
+    """There is room in the pool, and SQLAlchemy wakes nobody; that is not called moving either."""
+
+    async def main() -> Verdict:
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_timeout=None)
+        scope = PoolScope(engine)
+
+        @event.listens_for(engine.sync_engine, "do_connect")
+        def take_long(*about: Any) -> None:
+            await_only(asyncio.sleep(30))
+
+        first = asyncio.create_task(price_of(engine))
+        await until(lambda: scope.checked_out == 1)
+        second = asyncio.create_task(price_of(engine))
+        await until(lambda: scope.waiters)
+        await cancelled(first)
+        await asyncio.sleep(0.3)
+        assert scope.checked_out == 0 and not second.done()
+        verdict = scope.verdict()
+        await cancelled(second)
+        await engine.dispose()
+        return verdict
+
+    verdict = asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert verdict.cause == "connects failing"
+    assert "CancelledError" in str(verdict)
