@@ -58,9 +58,13 @@ class Reporter:
         Engine.__init__ = watched  # type: ignore[method-assign,assignment]
 
     def start(self) -> None:
-        """Begin to send; times are counted from here."""
+        """Begin to send; times are counted, and memory is compared, from here."""
+        import psutil
+
+        # The parent's own first look may come too late.
+        memory = psutil.Process().memory_info().rss / 2**20
         self._start = time.perf_counter()
-        self._send("started", self._start)
+        self._send("started", (self._start, memory))
         threading.Thread(target=self._send_for_ever, name="ormscope reporter", daemon=True).start()
 
     def finish(self, kind: str, content: Any) -> None:
@@ -172,6 +176,29 @@ def _portable(error: BaseException) -> bytes | None:
     return data
 
 
+def serve() -> None:
+    """Import what each run needs, then be the process of every run that is asked for."""
+    import cloudpickle  # noqa: F401
+    import psutil  # noqa: F401
+
+    import ormscope.pool
+    import ormscope.sessions
+    import ormscope.storm  # noqa: F401
+    from ormscope.forks import serve_forks
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _import_drivers([])
+    serve_forks()
+    main()
+
+
+def _import_drivers(others: list[str]) -> None:
+    """Else their import would count as the run's memory, and as a stall of its loop."""
+    for driver in ("asyncpg", "aiosqlite", *others):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(driver)
+
+
 def main() -> None:
     """Run one workload, then end the process at once."""
     signal.signal(
@@ -180,6 +207,9 @@ def main() -> None:
     messages = _take_standard_output()
     setting, workload_bytes = pickle.load(sys.stdin.buffer)
     sys.path[:] = setting["path"]
+    os.environ.clear()
+    os.environ.update(setting["environment"])
+    os.chdir(setting["folder"])
     for filename, lines in setting["cells"].items():
         linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
     import cloudpickle
@@ -189,10 +219,7 @@ def main() -> None:
     reporter = Reporter(messages)
     reporter.watch_every_engine()
     watch_sessions()
-    # Else their import would count as the run's memory, and as a stall of its loop.
-    for driver in ("asyncpg", "aiosqlite", *setting["drivers"]):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(driver)
+    _import_drivers(setting["drivers"])
     threading.Thread(target=_obey_parent, args=(sys.stdin.buffer, reporter), daemon=True).start()
     try:
         workload, arguments, options = cloudpickle.loads(workload_bytes)

@@ -8,7 +8,6 @@ import os
 import pickle
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 
 import cloudpickle
 
+from ormscope.forks import CAN_FORK, Process, forked, spawned
 from ormscope.memory import MemorySample, MemoryScope
 from ormscope.places import is_cell
 from ormscope.pool import Sample
@@ -108,7 +108,14 @@ def _payload(
             "create the engine, the sessions and all that is open inside it, and hand it plain values."
         ) from None
     drivers = [name for name in _SYNCHRONOUS_DRIVERS if name in sys.modules]
-    return pickle.dumps(({"path": sys.path, "cells": cells, "drivers": drivers}, code))
+    setting = {
+        "path": sys.path,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "cells": cells,
+        "drivers": drivers,
+    }
+    return pickle.dumps((setting, code))
 
 
 @contextlib.contextmanager
@@ -126,23 +133,9 @@ def _interrupts_noted() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _started(payload: bytes) -> Iterator[subprocess.Popen[bytes]]:
-    # A group of its own: an interrupt is for the parent to judge, which wants to hear the last words.
-    detached: dict[str, Any] = {"start_new_session": True}
-    if sys.platform == "win32":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-        detached = {"creationflags": flags}
-    path = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    process = subprocess.Popen(
-        [sys.executable, "-c", _BOOTSTRAP.format(path=path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
-        **detached,
-    )
+def _started(payload: bytes) -> Iterator[Process]:
+    process = forked() if CAN_FORK else spawned()
     try:
-        assert process.stdin is not None
         process.stdin.write(payload)
         process.stdin.flush()
         yield process
@@ -151,13 +144,10 @@ def _started(payload: bytes) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(BrokenPipeError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()
 
 
-_BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from ormscope.child import main; main()"
-
-
-def _messages(process: subprocess.Popen[bytes]) -> queue.SimpleQueue[_Message]:
+def _messages(process: Process) -> queue.SimpleQueue[_Message]:
     """What the process reports and prints, in one queue; each of the two streams ends with its own message."""
     messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
 
@@ -184,7 +174,7 @@ def _messages(process: subprocess.Popen[bytes]) -> queue.SimpleQueue[_Message]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes],
+    process: Process,
     messages: queue.SimpleQueue[_Message],
     memory: MemoryScope,
     recording: Recording,
@@ -221,7 +211,8 @@ def _follow(
         if kind in open_streams:
             open_streams.remove(kind)
         elif kind == "started":
-            started = content
+            started, first = content
+            recording.memory.append(MemorySample(0.0, first))
             deadline = time.monotonic() + recording.fuse
         elif kind == "seen":
             _take_in(recording, content)
@@ -247,9 +238,8 @@ def _follow(
     return failure
 
 
-def _ask_to_stop(process: subprocess.Popen[bytes]) -> float:
+def _ask_to_stop(process: Process) -> float:
     """Ask the run for its last words; return the time, on the monotonic clock."""
-    assert process.stdin is not None
     with contextlib.suppress(OSError):
         process.stdin.write(b"stop\n")
         process.stdin.flush()
@@ -282,14 +272,12 @@ def _take_in(recording: Recording, seen: dict[str, Any]) -> None:
 
 
 def _take_in_memory(recording: Recording, memory: MemoryScope, started: float) -> None:
-    """Move what was sampled since the last time to the recording; before the start, only the last counts."""
+    """Move what was sampled since the start, and since the last time, to the recording."""
     taken = memory.samples[:]
     del memory.samples[: len(taken)]
     for sample in taken:
-        at = sample.time - started
-        if at <= 0:
-            recording.memory.clear()
-        recording.memory.append(MemorySample(max(at, 0.0), sample.mebibytes))
+        if sample.time > started:
+            recording.memory.append(MemorySample(sample.time - started, sample.mebibytes))
 
 
 def _carried_over(

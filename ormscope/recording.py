@@ -78,7 +78,7 @@ class Recording:
 
     All times are in seconds since the workload began. `ended` says how the run ended: it returned, it raised,
     the fuse blew, it passed its memory limit, you interrupted it, or its process died. `result` is what the
-    workload returned. `memory` is resident memory; the last sample before the start has the time 0. `curves`
+    workload returned. `memory` is resident memory; its first sample is of the start. `curves`
     are those that its picture shows.
     """
 

@@ -26,6 +26,18 @@ def processes_of(temporary: Path) -> list[psutil.Process]:
     return found
 
 
+def runs_of(process: psutil.Process) -> list[psutil.Process]:
+    """The runs of `observe` that a process has going: forks of its fork server, or children where it has none."""
+    found = []
+    for child in process.children():
+        line = " ".join(child.cmdline())
+        if "child.serve()" in line:
+            found += child.children()
+        elif "child.main()" in line:
+            found.append(child)
+    return found
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Whether it runs no more; an orphan stays as a zombie until the first process takes notice."""
     try:

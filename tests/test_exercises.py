@@ -22,7 +22,7 @@ import nbformat
 import psutil
 import pytest
 from answers import Answers
-from leftovers import await_that
+from leftovers import await_that, runs_of
 from nbclient import NotebookClient
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -260,9 +260,7 @@ def test_checks_leave_nothing_running(server: Server) -> None:
 
 
 def observed() -> list[psutil.Process]:
-    return [
-        one for one in psutil.Process().children() if "ormscope.child" in " ".join(one.cmdline())
-    ]
+    return runs_of(psutil.Process())
 
 
 async def _clients(url: str) -> int:

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from leftovers import await_that
+from leftovers import await_that, runs_of
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -68,7 +68,6 @@ def test_memory_curve_begins_where_the_run_begins() -> None:
 def test_a_run_that_passes_its_memory_limit_is_killed_and_its_recording_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = {child.pid for child in psutil.Process().children()}
     recording = observe(take_slowly, 4_000, memory_limit=50, fuse=60)
     assert recording.ended == "memory limit"
     assert recording.seconds == recording.memory[-1].time
@@ -76,7 +75,7 @@ def test_a_run_that_passes_its_memory_limit_is_killed_and_its_recording_kept(
     assert recording.result is None
     assert recording.ending == capsys.readouterr().out.strip()
     assert "The memory limit of 50 MiB ended this run" in recording.summary()
-    assert {child.pid for child in psutil.Process().children()} <= before
+    assert runs_of(psutil.Process()) == []
 
 
 def test_a_run_below_its_memory_limit_is_left_alone() -> None:

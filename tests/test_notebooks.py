@@ -24,7 +24,7 @@ import psutil
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
-from leftovers import assert_nothing_is_left, await_that
+from leftovers import assert_nothing_is_left, await_that, runs_of
 from nbformat import NotebookNode
 
 from workshop import notebooks
@@ -534,9 +534,7 @@ class Kernel:
 
     def observed(self) -> list[psutil.Process]:
         """The observed processes that this kernel has started and that still run."""
-        return [
-            one for one in self.process.children() if "ormscope.child" in " ".join(one.cmdline())
-        ]
+        return runs_of(self.process)
 
     def starts(self, what: Callable[[], object]) -> None:
         assert await_that(what, PATIENCE), "the kernel did not get so far"

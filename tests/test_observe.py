@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from leftovers import await_that, has_ended
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -188,6 +189,7 @@ def test_places_in_a_cell_are_named_by_function_line_and_text(server: Server) ->
 
 SCRIPT = """
 import sys
+sys.path.insert(0, "tests")
 from ormscope import observe
 from tests.test_observe import nested_orders
 print("ready", flush=True)
@@ -246,7 +248,7 @@ def test_an_interrupt_ends_the_run_at_once_and_keeps_it(server: Server) -> None:
     assert time.monotonic() - sent < 3
     assert "interrupted deadlock 20" in out
     assert script.returncode == 0
-    assert not [one for one in children if one.is_running()]
+    assert await_that(lambda: all(map(has_ended, children)), 3)
     wait_until(lambda: not backends(server), 3)
 
 
@@ -255,7 +257,7 @@ def test_nothing_is_left_when_the_parent_is_killed(server: Server) -> None:
     assert children
     script.kill()
     script.communicate(timeout=20)
-    wait_until(lambda: not [one for one in children if one.is_running()], 3)
+    assert await_that(lambda: all(map(has_ended, children)), 3)
     wait_until(lambda: not backends(server), 3)
 
 
