@@ -50,6 +50,12 @@ def test_every_claim_that_a_cell_judges_is_in_the_table() -> None:
     assert sorted(tagged) == sorted((claim, path) for claim, _, path, _ in CLAIMS)
 
 
+def test_every_claim_of_the_article_has_its_verdict() -> None:
+    """Six on starvation, five on memory, three takeaways; read from the article once, by people."""
+    wanted = {*(f"A{n}" for n in range(1, 7)), *(f"M{n}" for n in range(1, 6)), "K1", "K2", "K3"}
+    assert {claim for claim, *_ in CLAIMS} == wanted
+
+
 @pytest.mark.parametrize("claim, verdict, path, cell_id", CLAIMS)
 def test_verdict_on_a_claim_is_what_its_cell_printed(
     claim: str, verdict: str, path: str, cell_id: str

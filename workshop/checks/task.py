@@ -244,7 +244,8 @@ class Task:
                 source.splitlines(keepends=True),
                 filename,
             )
-            exec(compile(source, filename, "exec"), namespace)
+            # As a cell is: without the annotations that this module puts off.
+            exec(compile(source, filename, "exec", dont_inherit=True), namespace)
         return namespace[self.function]
 
 
