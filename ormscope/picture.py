@@ -117,6 +117,10 @@ def draw(*recordings: Recording, titles: Sequence[str] | None = None) -> Picture
             grid[0][column].set_title(name)
             grid[-1][column].set_xlim(0, seconds)
             grid[-1][column].set_xlabel("seconds since the start")
+            # Fewer marks where pictures stand side by side, or their numbers would run into one another.
+            grid[-1][column].xaxis.set_major_locator(
+                MaxNLocator(8 // len(recordings), steps=[1, 2, 5, 10])
+            )
         figure.align_ylabels()
     alternative = "\n".join(
         " ".join(

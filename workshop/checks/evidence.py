@@ -17,7 +17,7 @@ from sqlalchemy.pool import QueuePool
 from ormscope.places import is_user_code, place
 from ormscope.stacks import awaited_future, sleeping_frames
 
-LOAD_SECONDS = 4.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
+LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _LOOK_SECONDS = 0.02
 _ASYNCIO = os.path.dirname(asyncio.__file__)
 _QUEUES = {

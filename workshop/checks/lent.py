@@ -9,7 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from workshop.shop import AuditEntry, Order, OrderLine
 
-POOL_TIMEOUT = 1.5  # seconds; long for what moves, short for what does not
+POOL_TIMEOUT = (
+    3.0  # seconds; longer than a right answer has to wait, also where the machine is busy
+)
 
 
 def engine_of(url: str, capacity: int, name: str = "shop") -> AsyncEngine:

@@ -18,7 +18,6 @@ from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     async_sessionmaker,
     close_all_sessions,
-    create_async_engine,
 )
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -32,7 +31,6 @@ from workshop.shop import ExportJob, Order, Sale
 
 # Which call of the learner's function is at work; the tasks that a call starts inherit it.
 _call: ContextVar[int | None] = ContextVar("call", default=None)
-_PATIENCE = 3  # seconds
 _IN_USE = "exercise 06: in use"
 _READ_TOO_LATE = ("MissingGreenlet", "DetachedInstanceError")
 
@@ -85,17 +83,6 @@ class Holds:
     def _fails(self, context: Any) -> None:
         if context.connection is not None and not context.connection.closed:
             context.connection.info[_IN_USE] = False
-
-
-def patient_engine_of(url: str, capacity: int) -> AsyncEngine:
-    """An engine whose pool lets a task wait longer than any right answer has to, also on a busy machine."""
-    return create_async_engine(
-        url,
-        pool_size=capacity,
-        max_overflow=0,
-        pool_timeout=_PATIENCE,
-        pool_logging_name="shop",
-    )
 
 
 async def _close_sessions(noted: Evidence) -> None:
@@ -191,7 +178,7 @@ async def pay_orders(
     pay: Callable[..., Any], url: str, *, orders: int, capacity: int
 ) -> dict[str, Any]:
     """Pay so many orders, each of them twice at once, and some that nobody owes; what was paid, and what was noted."""
-    engine, customers = patient_engine_of(url, capacity), own_households()
+    engine, customers = engine_of(url, capacity), own_households()
     ours = Order.household_id.between(customers[0], customers[-1])
     found = select(Order.id, Order.household_id, Order.status).where(ours).order_by(Order.id)
     made = [
@@ -636,7 +623,7 @@ async def show_reports(
     report: Callable[..., Any], url: str, *, calls: int, capacity: int, products: int
 ) -> dict[str, Any]:
     """Show so many reports at once, some of which must fail; how many were right, and what was noted."""
-    engine = patient_engine_of(url, capacity)
+    engine = engine_of(url, capacity)
     sold = select(Sale.sku, func.sum(Sale.quantity)).group_by(Sale.sku).order_by(Sale.sku)
     async with engine.connect() as connection:
         some = {sku: int(count) for sku, count in await connection.execute(sold.limit(400))}
@@ -821,7 +808,7 @@ async def work_and_ask(
     work_through: Callable[..., Any], url: str, *, workers: int, customers: int, jobs: int
 ) -> dict[str, Any]:
     """Let so many workers, one for each connection, do jobs while customers come; who waited, and what was noted."""
-    engine = patient_engine_of(url, workers)
+    engine = engine_of(url, workers)
     ours = f"exercise 06, {os.getpid()}"
     all_of_them = ExportJob.kind.in_([ours, f"{ours}, not asked for"])
     columns = select(ExportJob.id, ExportJob.kind, ExportJob.status).where(all_of_them)
