@@ -151,8 +151,11 @@ class Prometheus:
     def _await_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while self._keeper.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(*_ABSENT), _open(f"{self._url}/-/ready", timeout=1):
-                return
+            # It says that it is ready some seconds before it takes over what it is to scrape.
+            with contextlib.suppress(*_ABSENT):
+                targets = self._get("targets")["activeTargets"]
+                if any(one["health"] != "unknown" for one in targets):
+                    return
             time.sleep(0.05)
         raise Mistake("Prometheus did not start. Run `prometheus --version` to see why.")
 
