@@ -152,9 +152,9 @@ def install_packages(uv):
         pip = [str(PYTHON), "-m", "pip", "install", "--no-deps", "--require-hashes"]
         watch([*pip, "-r", str(VENV / "uv.txt")], environ)
         installer = [str(PYTHON), "-m", "uv"]
-    # Bytecode now: where PYTHONDONTWRITEBYTECODE is set, each start would compile SQLAlchemy anew.
-    sync = ["pip", "sync", "--color=never", "--require-hashes", "--compile-bytecode"]
-    sync += [f"--python={PYTHON}", str(LOCK)]
+    sync = ["pip", "sync", "--color=never", "--require-hashes", f"--python={PYTHON}", str(LOCK)]
+    if environ.get("PYTHONDONTWRITEBYTECODE"):
+        sync.append("--compile-bytecode")  # else each start would compile SQLAlchemy anew
     watch([*installer, *sync], environ)
 
 
