@@ -55,3 +55,11 @@ def server() -> Iterator[Server]:
     running = start_server()
     yield running
     running.stop()
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
+    """A real PostgreSQL, then a SQLite file: the same pool class, another driver."""
+    if request.param == "postgresql":
+        return server.url
+    return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"

@@ -25,14 +25,6 @@ SELECT = text("select 1")
 PATIENCE = 20  # seconds; only a broken instrument takes so long
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
-def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
-    """A real PostgreSQL, then a SQLite file: the same pool class, another driver."""
-    if request.param == "postgresql":
-        return server.url
-    return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
-
-
 def run(main: Coroutine[Any, Any, Any]) -> Any:
     """Run a test's coroutine, but not for ever."""
     return asyncio.run(asyncio.wait_for(main, PATIENCE))

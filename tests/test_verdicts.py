@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from workshop.database import Server
 SELECT = text("select 1")
 PATIENCE = 20  # seconds; only a broken instrument takes so long
 SLOW = text("select pg_sleep(2)")
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
-    """A real PostgreSQL, then a SQLite file: the same pool class, another driver."""
-    if request.param == "postgresql":
-        return server.url
-    return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
 
 
 async def until(condition: Callable[[], object]) -> None:
