@@ -292,6 +292,7 @@ def _draw_lag(axes: Axes, recording: Recording, top: float) -> None:
     axes.step(times, lag, where="pre", color=LOOP_LAG)
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, [(max(lag), f"longest {max(lag):.2f} s", CAPACITY)], top, gap=0.2)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
 # What each curve is called on its axis, how high it reaches, and who draws it.

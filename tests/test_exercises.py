@@ -360,7 +360,16 @@ def test_an_exercise_shows_what_to_expect(number: str) -> None:
     exercise = generator_module.generated(nbformat.read(exercises.path_of(number), as_version=4))
     expected = [cell for cell in exercise.cells if cell.get("attachments")]
     assert len(expected) == len(exercises.tasks(number))
-    assert all(re.search(r"!\[as given\. .{20,}\]\(attachment:", one.source) for one in expected)
+    alternative = re.compile(r"!\[.*\bas given\b.{10,}\byours\b.{10,}\]\(attachment:")
+    assert all(alternative.search(one.source) for one in expected)
+
+
+def test_the_pictures_of_exercise_07_tell_what_was_told() -> None:
+    """A watcher changes no curve, so they lay its answers on the truth."""
+    exercise = generator_module.generated(nbformat.read(exercises.path_of("07"), as_version=4))
+    metrics, pages = (cell.source for cell in exercise.cells if cell.get("attachments"))
+    assert "as given: 13 of 24 numbers wrong; yours: 0 of 24" in metrics
+    assert "as given: right in 9 of 15 situations; yours: right in 15 of 15" in pages
 
 
 @each_exercise

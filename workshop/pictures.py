@@ -153,6 +153,73 @@ def _bars(names: Sequence[str], panels: Sequence[tuple[str, str, str, Sequence[f
     return figure
 
 
+Told = tuple[str, float, float | None, bool]
+"""The moment of a scrape, what was true, what it told (None: nothing), and whether that was wrong."""
+
+
+def scrapes_told(told: Mapping[str, Mapping[str, Sequence[Told]]]) -> Picture:
+    """What the scrapes of several functions told of several numbers, on what was true."""
+    numbers = list(next(iter(told.values())))
+    with look():
+        figure = new_figure(10, 6.6)
+        grid = figure.subplots(len(numbers), len(told), sharex=True, sharey="row")
+        for column, (name, rows) in zip(grid.T, told.items(), strict=True):
+            column[0].set_title(name)
+            for axes, number in zip(column, numbers, strict=True):
+                for at, (_, true, found, wrong) in enumerate(rows[number]):
+                    axes.plot(at, true, "o", color="#B8B8B8", markersize=15)
+                    if wrong:
+                        axes.axvspan(at - 0.5, at + 0.5, color=WAITING, alpha=0.13, linewidth=0)
+                    if found is not None:
+                        axes.plot(at, found, "o", color=CHECKED_OUT, markersize=7, zorder=3)
+                axes.margins(y=0.25)
+                axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+            moments = [moment for moment, *_ in rows[numbers[0]]]
+            axes.set_xticks(range(len(moments)), moments, rotation=90)
+        for axes, number in zip(grid[:, 0], numbers, strict=True):
+            axes.set_ylabel(number)
+        figure.align_ylabels()
+        figure.supxlabel("grey: what was true; blue: what the scrape told; shaded: wrong", size=14)
+    counts = "; ".join(
+        f"{name}: {sum(wrong for row in rows.values() for *_, wrong in row)} of"
+        f" {sum(map(len, rows.values()))} numbers wrong"
+        for name, rows in told.items()
+    )
+    return Picture(
+        figure, " | ".join(told), f"Grey is what was true, blue what was told. {counts}."
+    )
+
+
+def pages(decisions: Mapping[str, Mapping[str, tuple[bool, bool]]]) -> Picture:
+    """When somebody was woken: for each function and situation, whether somebody was needed, and was paged."""
+    situations = list(next(iter(decisions.values())))
+    with look():
+        figure = new_figure(10, 1.4 + 0.36 * len(situations))
+        for axes, (name, found) in zip(
+            figure.subplots(1, len(decisions), sharey=True), decisions.items(), strict=True
+        ):
+            axes.set_title(name)
+            for row, (needed, paged) in enumerate(found.values()):
+                axes.text(0.05, row, "needed" if needed else "–", va="center")
+                right = needed == paged
+                text = ("✔ " if right else "✖ ") + ("paged" if paged else "silent")
+                axes.text(
+                    1, row, text, va="center", color=COMPLETED if right else WAITING, weight="bold"
+                )
+            axes.set_xlim(0, 2)
+            axes.set_ylim(len(situations) - 0.4, -0.6)
+            axes.set_yticks(range(len(situations)), situations)
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+    alternative = "; ".join(
+        f"{name}: right in {sum(needed == paged for needed, paged in found.values())} of {len(situations)} situations"
+        for name, found in decisions.items()
+    )
+    return Picture(figure, " | ".join(decisions), f"{alternative}.")
+
+
 def progress_board(state: Mapping[str, Mapping[str, str]]) -> Picture:
     """What is done of the exercises: a row for each task, as `workshop.exercises.state` tells them."""
     rows = [(number, *task) for number, tasks in state.items() for task in tasks.items()]

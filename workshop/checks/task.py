@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import workshop
 from ormscope import Recording, observe
@@ -21,6 +21,9 @@ from workshop.checks.catalogue import misconceptions
 from workshop.checks.evidence import LOAD_SECONDS
 from workshop.database import database_url
 from workshop.mistake import Mistake
+
+if TYPE_CHECKING:
+    from ormscope.picture import Picture
 
 FUSE = LOAD_SECONDS + 2  # for what blocks the event loop, so that the load cannot end itself
 _MOST_LINES_SHOWN = 12
@@ -60,7 +63,8 @@ class Task:
     `load(answer, url, **trial)` is an `async def`. It runs in a fresh process under observation, once for each of
     the `trials` (that is, with other seeds), starts the learner's function through `storm`, and returns what it
     noted: a dict, or None where it had to give up. `judge(run)` tells the wrong idea, if it sees one, from the
-    recording; `proof(runs)` is the sentence for a right answer. `memory_limit` is in MiB.
+    recording; `proof(runs)` is the sentence for a right answer, and `plot` draws the code as it was given beside it.
+    `memory_limit` is in MiB.
 
     A check never raises, and ends within seconds whatever the function does.
     """
@@ -77,6 +81,7 @@ class Task:
         proof: Callable[[list[Recording]], str],
         hints: Sequence[str],
         curves: Sequence[Curve] = ("connections", "requests"),
+        plot: Callable[[Recording, Recording], Picture] = Recording.plot,
         memory_limit: float | None = None,
     ) -> None:
         self.exercise = exercise
@@ -88,6 +93,7 @@ class Task:
         self._judge = judge
         self._proof = proof
         self._curves = curves
+        self._plot = plot
         self._memory_limit = memory_limit
         self._hints_shown = 0
 
@@ -102,7 +108,7 @@ class Task:
             from IPython.display import display
 
             before = self._run(self._given(answer), "as given", **self._trials[0])
-            display(before.plot(outcome.run))
+            display(self._plot(before, outcome.run))
         exercises.note(self.exercise, self.name, outcome.kind)
 
     def hint(self) -> None:

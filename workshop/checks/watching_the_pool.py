@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -23,6 +23,9 @@ from ormscope import PoolScope, Recording, storm
 from ormscope.metrics import PoolCollector
 from workshop.checks.evidence import evidence
 from workshop.checks.task import Finding, Task
+
+if TYPE_CHECKING:
+    from ormscope.picture import Picture
 
 _POLL_SECONDS = 0.001
 
@@ -67,9 +70,17 @@ _APART_SECONDS = 0.15  # between the first and the others in line
 _BLOCKED_SECONDS = 0.2
 _SCRAPE_SECONDS = 1.0  # that a scrape may take; a right one takes a thousandth
 _TOLERANCE = 0.05  # seconds
-_FULL = "while all connections were out and nobody waited"
-_STOOD_STILL = "while the event loop stood still"
-_SERVED = "when all of them had been served"
+
+_MOMENTS = {
+    "idle": "while nobody used the pool",
+    "full": "while all connections were out and nobody waited",
+    "queue": "while tasks waited in line",
+    "loop blocked": "while the event loop stood still",
+    "served": "when all of them had been served",
+    "deadlock": "in a deadlock",
+    "dispose()": "after dispose()",
+    "NullPool": "of an engine with a NullPool",
+}
 _NO_AGE = 60.0  # seconds; nobody here waits for so long, or since before the beginning
 
 
@@ -99,6 +110,16 @@ class Look:
     on_the_loop: bool = False
     raised: str = ""
 
+    @property
+    def when(self) -> str:
+        """The moment, in the words that the learner reads."""
+        return _MOMENTS[self.moment]
+
+    def true(self, number: str) -> float:
+        """What one of the three numbers was."""
+        truth = {"checked_out": self.out, "waiting": self.waiting, "oldest_wait": self.oldest[0]}
+        return truth[number]
+
     def is_wrong(self, number: str) -> bool:
         """Whether the learner's function told another number than was true."""
         if self.told is None:
@@ -107,7 +128,7 @@ class Look:
         if number == "oldest_wait":
             least, most = self.oldest
             return not least - _TOLERANCE <= found <= most + _TOLERANCE
-        return found != {"checked_out": self.out, "waiting": self.waiting}[number]
+        return found != self.true(number)
 
 
 class Scraped:
@@ -259,13 +280,13 @@ async def scrape_a_day(
 async def _day(shop: Scraped, queue: int) -> None:
     """Idle, full, in line, in line while the loop stands still, idle again, deadlocked."""
     scope, capacity = shop.scope, shop.scope.capacity or 0
-    await shop.look("while nobody used the pool")
+    await shop.look("idle")
     async with AsyncExitStack() as stack:
         for _ in range(capacity):
             await stack.enter_async_context(shop.engine.connect())
         held = scope.holders[0].since
         await asyncio.sleep(2 * _TOLERANCE)
-        await shop.look(_FULL, capacity, held=held)
+        await shop.look("full", capacity, held=held)
         since, tasks = [], []
         for number in range(queue):
             came = time.perf_counter()
@@ -275,16 +296,16 @@ async def _day(shop: Scraped, queue: int) -> None:
             if number == 0:
                 await asyncio.sleep(_APART_SECONDS)
         try:
-            await shop.look("while tasks waited in line", capacity, since, held)
-            await shop.look(_STOOD_STILL, capacity, since, held, blocked=True)
+            await shop.look("queue", capacity, since, held)
+            await shop.look("loop blocked", capacity, since, held, blocked=True)
         finally:
             await stack.aclose()
             await asyncio.gather(*tasks)
-    await shop.look(_SERVED)
+    await shop.look("served")
     async with _deadlocked(shop.engine, scope) as made:
         since = [(made, time.perf_counter())] * capacity
         await asyncio.sleep(_APART_SECONDS)
-        await shop.look("in a deadlock", capacity, since, made)
+        await shop.look("deadlock", capacity, since, made)
 
 
 async def _evening(shop: Scraped) -> None:
@@ -292,14 +313,14 @@ async def _evening(shop: Scraped) -> None:
     async with shop.engine.connect():
         await shop.engine.dispose()
     async with shop.engine.connect(), shop.engine.connect():
-        await shop.look("after dispose()", 2)
+        await shop.look("dispose()", 2)
     await shop.engine.dispose()
 
 
 async def _night(nightly: Scraped) -> None:
     """A job whose engine has a NullPool."""
     async with nightly.engine.connect(), nightly.engine.connect(), nightly.engine.connect():
-        await nightly.look("of an engine with a NullPool", 3)
+        await nightly.look("NullPool", 3)
 
 
 def judge_metrics(run: Recording) -> Finding | None:
@@ -311,7 +332,7 @@ def judge_metrics(run: Recording) -> Finding | None:
         return Finding("needs-a-connection", "Your code made an engine of its own.")
     took = next((one for one in looks if one.took), None)
     if took is not None or any("MissingGreenlet" in one.outcome for one in run.requests):
-        when = f" {took.moment}" if took is not None else ""
+        when = f" {took.when}" if took is not None else ""
         return Finding(
             "needs-a-connection", f"The scrape{when} asked for a connection of the pool."
         )
@@ -319,13 +340,13 @@ def judge_metrics(run: Recording) -> Finding | None:
         return finding
     hung = next((one for one in looks if one.hung), None)
     if hung is not None:
-        return Finding("never-ends", f"The scrape {hung.moment} had not ended after a second.")
+        return Finding("never-ends", f"The scrape {hung.when} had not ended after a second.")
     no_counter = [
-        one for one in looks if one.raised == "AttributeError" and "NullPool" in one.moment
+        one for one in looks if one.raised == "AttributeError" and one.moment == "NullPool"
     ]
     if run.announced - run.completed > len(no_counter):
         return None
-    told = [one.told for one in looks if one.told is not None and "NullPool" not in one.moment]
+    told = [one.told for one in looks if one.told is not None and one.moment != "NullPool"]
     if len(told) > 1 and all(one == told[0] for one in told):
         return Finding("history-is-not-now", "Each scrape told the same as the first.")
     for judge in (_wrong_waiting, _wrong_wait, _wrong_out):
@@ -345,7 +366,7 @@ def _waits_for_the_loop(run: Recording, looks: list[Look]) -> Finding | None:
             "asks-the-loop",
             "What your function returned is to be awaited, and a thread cannot do that.",
         )
-    stood_still = [one for one in looks if one.moment == _STOOD_STILL]
+    stood_still = [one for one in looks if one.moment == "loop blocked"]
     raised = [one for one in looks if one.raised]
     if any(one.hung for one in stood_still) or (raised and raised == stood_still):
         return Finding(
@@ -364,9 +385,9 @@ def _wrong_waiting(looks: list[Look]) -> Finding | None:
     if not wrong:
         return None
     wrong_when = {one.moment for one in wrong}
-    if _FULL not in wrong_when and _SERVED in wrong_when:
+    if "full" not in wrong_when and "served" in wrong_when:
         return _past(wrong[0], "waiting")
-    return Finding("connections-are-no-queue", f"The number waiting was wrong {wrong[0].moment}.")
+    return Finding("connections-are-no-queue", f"The number waiting was wrong {wrong[0].when}.")
 
 
 def _wrong_wait(looks: list[Look]) -> Finding | None:
@@ -376,18 +397,18 @@ def _wrong_wait(looks: list[Look]) -> Finding | None:
     told = {one.moment: one.told["oldest_wait"] for one in wrong if one.told is not None}
     if any(not -_TOLERANCE <= seconds < _NO_AGE for seconds in told.values()):
         return Finding(
-            "another-clock", f"The oldest wait {wrong[0].moment} was no age of anybody here."
+            "another-clock", f"The oldest wait {wrong[0].when} was no age of anybody here."
         )
     first = wrong[0]
     if not first.waiting and first.held and abs(told[first.moment] - first.held) < _TOLERANCE:
         return Finding(
             "hold-is-not-wait",
-            f"The oldest wait {wrong[0].moment} was the age of a connection that is out.",
+            f"The oldest wait {wrong[0].when} was the age of a connection that is out.",
         )
     if all(one.youngest - _TOLERANCE <= told[one.moment] < one.oldest[0] for one in wrong):
         return Finding(
             "not-the-oldest",
-            f"The oldest wait {wrong[0].moment} was shorter than the first in line had waited.",
+            f"The oldest wait {wrong[0].when} was shorter than the first in line had waited.",
         )
     return _past(wrong[0], "oldest_wait")
 
@@ -397,12 +418,12 @@ def _wrong_out(looks: list[Look]) -> Finding | None:
     if not wrong:
         return None
     first = wrong[0]
-    if "dispose" in first.moment:
+    if first.moment == "dispose()":
         return Finding(
             "keeps-the-first-pool",
             f"Two connections were out after dispose(), and you told {_told(first)}.",
         )
-    if "NullPool" in first.moment:
+    if first.moment == "NullPool":
         return Finding(
             "every-pool-counts",
             f"Three connections of an engine with a NullPool were out, and you told {_told(first)}.",
@@ -416,7 +437,7 @@ def _told(look: Look) -> str:
 
 
 def _past(look: Look, number: str) -> Finding:
-    return Finding("history-is-not-now", f"The number {number} was wrong {look.moment}.")
+    return Finding("history-is-not-now", f"The number {number} was wrong {look.when}.")
 
 
 def prove_metrics(runs: list[Recording]) -> str:
@@ -425,6 +446,24 @@ def prove_metrics(runs: list[Recording]) -> str:
         f"{len(run.result['looks'])} scrapes of a pool of {run.pools[0].capacity}, idle, full, blocked, deadlocked and"
         " disposed of, and of one without a limit: each told what was true, and none took a connection."
         for run in runs
+    )
+
+
+def plot_metrics(before: Recording, after: Recording) -> Picture:
+    """What the scrapes of two functions told, on what was true."""
+    from workshop.pictures import Told, scrapes_told
+
+    def told(number: str, look: Look) -> Told:
+        found = look.told[number] if look.told is not None else None
+        return look.moment, look.true(number), found, found is None or look.is_wrong(number)
+
+    return scrapes_told(
+        {
+            run.title: {
+                number: [told(number, one) for one in run.result["looks"]] for number in _NUMBERS
+            }
+            for run in (before, after)
+        }
     )
 
 
@@ -439,7 +478,7 @@ measure_the_queue = Task(
     ),
     judge=judge_metrics,
     proof=prove_metrics,
-    curves=("connections",),
+    plot=plot_metrics,
     hints=(
         "SQLAlchemy counts connections, and nobody in line has one. What does the scope know of those who wait, and "
         "since when do they?",
@@ -457,21 +496,21 @@ _SCRAPES = 6  # in each of the situations
 _IMPATIENT = 0.05  # seconds; the pool_timeout that breaks deadlocks between two scrapes
 
 _SITUATIONS = {
-    "idle": "while nobody used the pool",
-    "full": _FULL,
-    "report": "while a report had all connections and others waited, for less than they bear",
+    "idle": _MOMENTS["idle"],
+    "full": _MOMENTS["full"],
+    "long report": "while a report had all connections and others waited, for less than they bear",
     "busy": "while all connections were out and each customer was served before the next scrape",
     "hiccup": "when customers had waited for too long in all scrapes but the first",
-    "over": "when customers had waited for too long, and were served long before the last scrape",
+    "hiccup, over": "when customers had waited for too long, and were served long before the last scrape",
     "overloaded": "while the first in line had waited for too long in every scrape",
-    "young": "when a deadlock had just been proved",
-    "standing": "in a deadlock that was proved a moment before the first scrape",
-    "old": "in a deadlock that was there long before the first scrape",
+    "new deadlock": "when a deadlock had just been proved",
+    "deadlock": "in a deadlock that was proved a moment before the first scrape",
+    "old deadlock": "in a deadlock that was there long before the first scrape",
     "timeouts": "when a few customers had timed out behind a report, which was over",
-    "broken": "while pool_timeout broke one deadlock after another, each between two scrapes",
-    "yesterday": "when nothing happened, after the deadlocks of yesterday",
-    "restarted": "when the process had been started anew, and nothing else happened",
-    "again": "when the process had been started anew, and had another deadlock",
+    "timed-out deadlocks": "while pool_timeout broke one deadlock after another, each between two scrapes",
+    "yesterday's deadlocks": "when nothing happened, after the deadlocks of yesterday",
+    "restart": "when the process had been started anew, and nothing else happened",
+    "restart, deadlock": "when the process had been started anew, and had another deadlock",
 }
 
 Scrapes = list[dict[str, Any]]
@@ -552,7 +591,7 @@ async def _patient(url: str, capacity: int, queue: int, bearable: float) -> dict
     await shop.come(capacity)
     found["full"] = shop.scrapes(_SCRAPES)
     await shop.come(queue)
-    found["report"] = shop.scrapes(_SCRAPES)
+    found["long report"] = shop.scrapes(_SCRAPES)
     await shop.leave(capacity + queue)
     found["busy"] = []
     for _ in range(_SCRAPES):
@@ -563,20 +602,20 @@ async def _patient(url: str, capacity: int, queue: int, bearable: float) -> dict
     await shop.come(capacity + queue)
     await shop.waited(1.5 * bearable)  # the mean of all six is too long as well
     found["hiccup"] += shop.scrapes(_SCRAPES - 1)
-    found["over"] = found["hiccup"][-2:]
+    found["hiccup, over"] = found["hiccup"][-2:]
     found["overloaded"] = [shop.scrape()]
     for _ in range(_SCRAPES - 1):
         await shop.come(1)
         await shop.leave(1)
         found["overloaded"].append(shop.scrape())
     await shop.leave(capacity + queue)
-    found["over"] += shop.scrapes(_SCRAPES - 2)
-    found["young"] = [shop.scrape()]
+    found["hiccup, over"] += shop.scrapes(_SCRAPES - 2)
+    found["new deadlock"] = [shop.scrape()]
     async with _deadlocked(shop.engine, shop.scope):
-        found["standing"] = shop.scrapes(_SCRAPES)
-        found["young"] += found["standing"][1:]
+        found["deadlock"] = shop.scrapes(_SCRAPES)
+        found["new deadlock"] += found["deadlock"][1:]
         await shop.waited(bearable)
-        found["old"] = shop.scrapes(_SCRAPES)
+        found["old deadlock"] = shop.scrapes(_SCRAPES)
     await shop.close()
     return found
 
@@ -593,17 +632,17 @@ async def _impatient(url: str, capacity: int) -> dict[str, Scrapes]:
         assert isinstance(one, PoolTimeoutError), one
     await shop.leave(capacity)
     found["timeouts"] += shop.scrapes(_SCRAPES - 2)
-    found["broken"] = [shop.scrape()]
+    found["timed-out deadlocks"] = [shop.scrape()]
     for _ in range(_SCRAPES - 1):
         await _broken_deadlock(shop)
-        found["broken"].append(shop.scrape())
-    found["yesterday"] = shop.scrapes(_SCRAPES)
+        found["timed-out deadlocks"].append(shop.scrape())
+    found["yesterday's deadlocks"] = shop.scrapes(_SCRAPES)
     await shop.close()
     anew = Watched(url, "anew", capacity, _IMPATIENT)
     calm = anew.scrapes(_SCRAPES // 2)
-    found["restarted"] = found["yesterday"][: _SCRAPES // 2] + calm
+    found["restart"] = found["yesterday's deadlocks"][: _SCRAPES // 2] + calm
     await _broken_deadlock(anew)
-    found["again"] = [*found["yesterday"][:2], *calm[:2], *anew.scrapes(2)]
+    found["restart, deadlock"] = [*found["yesterday's deadlocks"][:2], *calm[:2], *anew.scrapes(2)]
     await anew.close()
     return found
 
@@ -649,12 +688,12 @@ _FALSE_ALARMS = {
     "idle": "always-the-same",
     "full": "full-is-no-fault",
     "busy": "queue-is-no-outage",
-    "report": "still-is-not-stuck",
+    "long report": "still-is-not-stuck",
     "timeouts": "timeout-is-no-deadlock",
     "hiccup": "one-scrape-is-no-outage",
-    "over": "one-scrape-is-no-outage",
-    "yesterday": "counter-is-no-gauge",
-    "restarted": "counter-starts-anew",
+    "hiccup, over": "one-scrape-is-no-outage",
+    "yesterday's deadlocks": "counter-is-no-gauge",
+    "restart": "counter-starts-anew",
 }
 
 
@@ -676,19 +715,19 @@ def judge_pages(run: Recording) -> Finding | None:
 
 def _missed(missed: set[str]) -> tuple[str, str]:
     """The wrong idea of somebody who did not page in these situations, and the one that shows it best."""
-    if {"young", "old"} <= missed and "broken" not in missed:
-        return "timeout-is-no-deadlock", "old"
+    if {"new deadlock", "old deadlock"} <= missed and "timed-out deadlocks" not in missed:
+        return "timeout-is-no-deadlock", "old deadlock"
     if "overloaded" in missed:
         return "only-the-cause", "overloaded"
-    if "old" in missed:
-        return "history-is-not-now", "old"
-    if "young" in missed:
-        return "deadlock-needs-no-slack", "young"
-    if "standing" in missed:
-        return "counter-is-no-gauge", "standing"
-    if "broken" in missed:
-        return "between-two-scrapes", "broken"
-    return "counter-starts-anew", "again"
+    if "old deadlock" in missed:
+        return "history-is-not-now", "old deadlock"
+    if "new deadlock" in missed:
+        return "deadlock-needs-no-slack", "new deadlock"
+    if "deadlock" in missed:
+        return "counter-is-no-gauge", "deadlock"
+    if "timed-out deadlocks" in missed:
+        return "between-two-scrapes", "timed-out deadlocks"
+    return "counter-starts-anew", "restart, deadlock"
 
 
 def prove_pages(runs: list[Recording]) -> str:
@@ -697,6 +736,21 @@ def prove_pages(runs: list[Recording]) -> str:
         f"A pool of {run.pools[0].capacity} in {len(run.result['wanted'])} situations: paged for the"
         f" {sum(run.result['wanted'].values())} that need somebody, silent in the others."
         for run in runs
+    )
+
+
+def plot_pages(before: Recording, after: Recording) -> Picture:
+    """In which situations two functions woke somebody."""
+    from workshop.pictures import pages
+
+    return pages(
+        {
+            run.title: {
+                name: (run.result["wanted"][name], run.result["paged"][name])
+                for name in _SITUATIONS
+            }
+            for run in (before, after)
+        }
     )
 
 
@@ -711,7 +765,7 @@ wake_somebody = Task(
     ),
     judge=judge_pages,
     proof=prove_pages,
-    curves=("connections",),
+    plot=plot_pages,
     hints=(
         "Two reasons are worth waking somebody for, and each has a line of its own: a deadlock, and customers who "
         "wait. Which of them needs slack, and which does not?",
