@@ -186,7 +186,7 @@ def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
         axes.axvline(verdict.at, color=WAITING, linewidth=1.6)
         late = verdict.at > recording.seconds * 0.6
         axes.annotate(
-            "deadlock proved",
+            "deadlock proved" if len(recording.pools) == 1 else f"deadlock\nin {verdict.pool}",
             (verdict.at, top * 0.5),
             xytext=(-6 if late else 6, 0),
             textcoords="offset points",

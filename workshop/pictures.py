@@ -190,34 +190,36 @@ def scrapes_told(told: Mapping[str, Mapping[str, Sequence[Told]]]) -> Picture:
     )
 
 
-def pages(decisions: Mapping[str, Mapping[str, tuple[bool, bool]]]) -> Picture:
-    """When somebody was woken: for each function and situation, whether somebody was needed, and was paged."""
-    situations = list(next(iter(decisions.values())))
+def answers(wanted: Mapping[str, str], said: Mapping[str, Mapping[str, str]]) -> Picture:
+    """What several functions said of the same situations, beside what was wanted, as a table."""
+    right = {
+        name: [found[situation] == wanted[situation] for situation in wanted]
+        for name, found in said.items()
+    }
     with look():
-        figure = new_figure(10, 1.4 + 0.36 * len(situations))
-        for axes, (name, found) in zip(
-            figure.subplots(1, len(decisions), sharey=True), decisions.items(), strict=True
-        ):
-            axes.set_title(name)
-            for row, (needed, paged) in enumerate(found.values()):
-                axes.text(0.05, row, "needed" if needed else "–", va="center")
-                right = needed == paged
-                text = ("✔ " if right else "✖ ") + ("paged" if paged else "silent")
-                axes.text(
-                    1, row, text, va="center", color=COMPLETED if right else WAITING, weight="bold"
-                )
-            axes.set_xlim(0, 2)
-            axes.set_ylim(len(situations) - 0.4, -0.6)
-            axes.set_yticks(range(len(situations)), situations)
-            axes.set_xticks([])
-            axes.tick_params(length=0)
-            axes.grid(visible=False)
-            axes.spines[:].set_visible(False)
-    alternative = "; ".join(
-        f"{name}: right in {sum(needed == paged for needed, paged in found.values())} of {len(situations)} situations"
-        for name, found in decisions.items()
+        figure = new_figure(10, 1.0 + 0.36 * len(wanted))
+        axes = figure.subplots()
+        for column, (name, found) in enumerate({"wanted": wanted, **said}.items()):
+            axes.text(column, -1, name, va="center", weight="bold", size=16)
+            for row, situation in enumerate(wanted):
+                text, color, weight = found[situation], OBJECTS, "normal"
+                if name in right:
+                    good, weight = right[name][row], "bold"
+                    text = f"{'✔' if good else '✖'} {text}"
+                    color = COMPLETED if good else WAITING
+                axes.text(column, row, text, va="center", color=color, weight=weight)
+        axes.set_xlim(-0.1, len(said) + 0.9)
+        axes.set_ylim(len(wanted) - 0.4, -1.5)
+        axes.set_yticks(range(len(wanted)), wanted)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    counts = "; ".join(
+        f"{name}: right in {sum(found)} of {len(wanted)} situations"
+        for name, found in right.items()
     )
-    return Picture(figure, " | ".join(decisions), f"{alternative}.")
+    return Picture(figure, " | ".join(said), f"{counts}.")
 
 
 def progress_board(state: Mapping[str, Mapping[str, str]]) -> Picture:

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import event, func, inspect, select
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_ss_cursor
@@ -32,6 +32,9 @@ from workshop.checks.lent import engine_of
 from workshop.checks.memory_rules import wrong_use_of_memory
 from workshop.checks.task import Finding, Task
 from workshop.shop import AuditEntry, Base, Product, Sale
+
+if TYPE_CHECKING:
+    from ormscope.picture import Picture
 
 CONTAINER = 100  # MiB; the functions as given take 70
 
@@ -183,6 +186,7 @@ async def ask_about_situations(
     await engine.dispose()
     asked = [
         {
+            "kept_by": names,
             "wanted": None if names[0] in NOTHING_ALIVE else names[0],
             "said": _plain(answers[number]),
             "classes": sorted(census.alive),
@@ -250,6 +254,19 @@ def prove_alarm(runs: list[Recording]) -> str:
     )
 
 
+def plot_alarm(before: Recording, after: Recording) -> Picture:
+    """Whom two alarms named in the same situations."""
+    from workshop.pictures import answers
+
+    def by_situation(run: Recording, key: str) -> dict[str, str]:
+        return {", ".join(one["kept_by"]): str(one[key]) for one in run.result["asked"]}
+
+    return answers(
+        by_situation(after, "wanted"),
+        {run.title: by_situation(run, "said") for run in (before, after)},
+    )
+
+
 name_the_culprit = Task(
     "03",
     "name_the_culprit",
@@ -281,7 +298,7 @@ name_the_culprit = Task(
     ),
     judge=judge_alarm,
     proof=prove_alarm,
-    curves=("objects",),
+    plot=plot_alarm,
     hints=(
         "print(census) is for people. What it prints comes from attributes: "
         "census.alive counts objects by class; which attribute tells who keeps them?",

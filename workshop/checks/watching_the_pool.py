@@ -741,16 +741,14 @@ def prove_pages(runs: list[Recording]) -> str:
 
 def plot_pages(before: Recording, after: Recording) -> Picture:
     """In which situations two functions woke somebody."""
-    from workshop.pictures import pages
+    from workshop.pictures import answers
 
-    return pages(
-        {
-            run.title: {
-                name: (run.result["wanted"][name], run.result["paged"][name])
-                for name in _SITUATIONS
-            }
-            for run in (before, after)
-        }
+    def as_words(paged: dict[str, bool]) -> dict[str, str]:
+        return {name: "paged" if paged[name] else "silent" for name in _SITUATIONS}
+
+    return answers(
+        as_words(after.result["wanted"]),
+        {run.title: as_words(run.result["paged"]) for run in (before, after)},
     )
 
 
