@@ -198,8 +198,11 @@ print(recording.ended, recording.verdict().cause, recording.pools[0].most_waitin
 """
 
 
-def starved_script(server: Server) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A script whose observed run is starved, and the processes that it started."""
+def starved_script(
+    server: Server,
+) -> tuple[subprocess.Popen[str], list[psutil.Process], Callable[[], set[int]]]:
+    """A script whose observed run is starved, the processes that it started, and who asks for its backends."""
+    before = backends(server)
     script = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, server.url],
         stdout=subprocess.PIPE,
@@ -207,25 +210,26 @@ def starved_script(server: Server) -> tuple[subprocess.Popen[str], list[psutil.P
         cwd=ROOT,
         start_new_session=True,
     )
-    wait_until(lambda: len(backends(server)) >= 2)
-    return script, psutil.Process(script.pid).children(recursive=True)
+    wait_until(lambda: len(backends(server) - before) >= 2)
+    children = psutil.Process(script.pid).children(recursive=True)
+    return script, children, lambda: backends(server) - before
 
 
-def backends(server: Server) -> list[Any]:
-    """The server's client connections, this one left out."""
+def backends(server: Server) -> set[int]:
+    """The process ids of the server's client connections, this one left out."""
 
-    async def ask() -> list[Any]:
+    async def ask() -> set[int]:
         engine = create_async_engine(server.url)
         async with engine.connect() as connection:
-            found = await connection.execute(
+            found = await connection.scalars(
                 text(
-                    "select pid, state from pg_stat_activity"
+                    "select pid from pg_stat_activity"
                     " where backend_type = 'client backend' and pid <> pg_backend_pid()"
                 )
             )
-            rows = list(found)
+            pids = set(found)
         await engine.dispose()
-        return rows
+        return pids
 
     return asyncio.run(ask())
 
@@ -240,7 +244,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> float:
 
 
 def test_an_interrupt_ends_the_run_at_once_and_keeps_it(server: Server) -> None:
-    script, children = starved_script(server)
+    script, children, its_backends = starved_script(server)
     assert children
     os.kill(script.pid, signal.SIGINT)
     sent = time.monotonic()
@@ -249,16 +253,16 @@ def test_an_interrupt_ends_the_run_at_once_and_keeps_it(server: Server) -> None:
     assert "interrupted deadlock 20" in out
     assert script.returncode == 0
     assert await_that(lambda: all(map(has_ended, children)), 3)
-    wait_until(lambda: not backends(server), 3)
+    wait_until(lambda: not its_backends(), 3)
 
 
 def test_nothing_is_left_when_the_parent_is_killed(server: Server) -> None:
-    script, children = starved_script(server)
+    script, children, its_backends = starved_script(server)
     assert children
     script.kill()
     script.communicate(timeout=20)
     assert await_that(lambda: all(map(has_ended, children)), 3)
-    wait_until(lambda: not backends(server), 3)
+    wait_until(lambda: not its_backends(), 3)
 
 
 def test_pictures_carry_what_the_data_say(server: Server) -> None:

@@ -53,10 +53,11 @@ _THREAD_WAITS: set[CodeType] = {
 class Pulse:
     """The pulse of the running event loop, and what its thread does in the learner's code while there is none.
 
-    `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it stood
-    still for: the "pool", a "thread", or a call "in a greenlet". `longest_work` is the longest time that the
-    loop's thread worked from one beat to the next, in seconds of its own: while the machine is busy with others,
-    it does not work. `threads` is the most threads at once, beyond those at the beginning.
+    `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it was
+    seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the task's own.
+    `longest_work` is the longest time that the loop's thread worked from one beat to the next, in seconds of its
+    own: while the machine is busy with others, it does not work. `threads` is the most threads at once, beyond
+    those at the beginning.
     """
 
     def __init__(self) -> None:
@@ -116,6 +117,8 @@ class Pulse:
                 self.waits["thread"] += 1
             elif _LOOP_STEP not in code:  # a stack of its own, that begins below the loop
                 self.waits["in a greenlet"] += 1
+            else:
+                self.waits["call"] += 1
             self._places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
 
 
@@ -277,7 +280,8 @@ def _blocked(run: Recording, own: list[Any]) -> Finding:
         )
     if reasons["thread"]:
         return Finding("waits-for-the-thread", f"{evidence}, where it waited for a thread.")
-    if reasons["in a greenlet"]:
+    # A stack that is left while it is read looks cut off, as a greenlet's does; few of many looks do.
+    if reasons["in a greenlet"] > reasons["call"]:
         return Finding("run-sync-is-no-thread", f"{evidence}, in a call that SQLAlchemy made.")
     if own or seen["tampered"]:
         return Finding(
