@@ -36,7 +36,15 @@ from ormscope.durations import BOUNDS, Durations
 from ormscope.metrics import ALERTS, PoolCollector
 from workshop.database import Server
 from workshop.mistake import Mistake
-from workshop.prometheus import Prometheus, alerts_of, ask, free_port, hurried, parsed
+from workshop.prometheus import (
+    Prometheus,
+    Scrape,
+    alerts_of,
+    ask,
+    free_port,
+    hurried,
+    parsed,
+)
 
 SELECT = text("select 1")
 PATIENCE = 60  # seconds; only a broken instrument takes so long
@@ -631,6 +639,29 @@ def test_prometheus_fires_for_the_starved_and_not_for_the_busy(server: Server) -
     assert {pool: alerts_of(scrapes[pool]) for pool in expected} == expected
     for pool in expected:
         assert mode(one["checked_out"] for one in scrapes[pool]) == 10
+
+
+@pytest.mark.parametrize(
+    ("slow", "alerts"), [(0, []), (1, []), (2, ["ConnectionPoolWait"])], ids="{} of 30".format
+)
+def test_the_lesson_judges_the_waits_between_two_scrapes(slow: int, alerts: list[str]) -> None:
+    """Thirty waits in each quarter of a second, some of them longer than a second; nobody waits at a scrape."""
+    scrapes = [
+        Scrape(
+            second,
+            "shop",
+            "healthy",
+            {
+                "sqlalchemy_pool_deadlocks_total": 0,
+                "sqlalchemy_pool_oldest_wait_seconds": 0,
+                "sqlalchemy_pool_wait_seconds_count": 30 * at,
+                "sqlalchemy_pool_waits_within_a_second": (30 - slow) * at,
+            },
+        )
+        for at, second in enumerate(number / 4 for number in range(16))
+    ]
+    assert alerts_of(scrapes) == alerts
+    assert alerts_of(scrapes[:9]) == [], "a hiccup of two seconds passes"
 
 
 def test_prometheus_goes_with_who_started_it(
