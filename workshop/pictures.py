@@ -161,7 +161,7 @@ def scrapes_told(told: Mapping[str, Mapping[str, Sequence[Told]]]) -> Picture:
     """What the scrapes of several functions told of several numbers, on what was true."""
     numbers = list(next(iter(told.values())))
     with look():
-        figure = new_figure(10, 6.6)
+        figure = new_figure(10, 5.4)
         grid = figure.subplots(len(numbers), len(told), sharex=True, sharey="row")
         for column, (name, rows) in zip(grid.T, told.items(), strict=True):
             column[0].set_title(name)
@@ -197,7 +197,7 @@ def answers(wanted: Mapping[str, str], said: Mapping[str, Mapping[str, str]]) ->
         for name, found in said.items()
     }
     with look():
-        figure = new_figure(10, 1.0 + 0.36 * len(wanted))
+        figure = new_figure(10, 0.9 + 0.3 * len(wanted))
         axes = figure.subplots()
         for column, (name, found) in enumerate({"wanted": wanted, **said}.items()):
             axes.text(column, -1, name, va="center", weight="bold", size=16)
