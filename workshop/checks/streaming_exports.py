@@ -27,7 +27,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ormscope import Recording, storm
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import engine_of, forget_orders, own_households
-from workshop.checks.memory_rules import wrong_remedy, wrong_use_of_memory
+from workshop.checks.memory_rules import SAMPLED_SECONDS, wrong_remedy, wrong_use_of_memory
 from workshop.checks.task import Finding, Task
 from workshop.shop import ExportJob, Order
 
@@ -48,7 +48,6 @@ def _cursor_without_transaction(run: Recording) -> Finding | None:
 _CONTAINER = 64  # MiB
 _GROWTH = 3  # MiB; right answers stay below 2, and 40,000 more lines of text take 5
 _TWO_BATCHES = 10_000
-_SAMPLED_SECONDS = 0.06  # the memory is looked at every 20 ms
 
 
 async def export_twice(
@@ -66,7 +65,7 @@ async def export_twice(
         async with evidence(engine) as noted:
             for file, ids in ranges.items():
                 await storm(partial(export_range, file, ids), 1)
-                await asyncio.sleep(_SAMPLED_SECONDS)  # also a short export is seen
+                await asyncio.sleep(SAMPLED_SECONDS)  # also a short export is seen
         await engine.dispose()
         found = [await compare(engine, file, ids) for file, ids in ranges.items()]
     return dataclasses.asdict(noted) | {
