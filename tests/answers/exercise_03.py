@@ -167,6 +167,19 @@ async def all_rows(Session, since):
         return total_of((await session.execute(two_columns(since))).all())
 
 
+async def bare_numbers(Session, since):
+    stores, values = [], []
+    async with Session() as session:
+        lines = await session.stream(in_batches(two_columns(since)))
+        async for page in lines.partitions():
+            stores += [one.store_id for one in page]
+            values += [one.sales_value for one in page]
+    sums = dict.fromkeys(stores, Decimal(0))
+    for store, value in zip(stores, values, strict=True):
+        sums[store] += value
+    return sums
+
+
 async def a_thousand_lines(Session, since):
     async with Session() as session:
         return total_of((await session.scalars(since_then(since).limit(1_000))).all())
@@ -321,6 +334,7 @@ ANSWERS = {
             (streamed_in_one_piece, "stream-without-yield-per"),
             (expunge_each, "detached-is-freed"),
             (all_rows, "keeps-everything-in-another-shape"),
+            (bare_numbers, "keeps-everything-in-another-shape"),
             (a_thousand_lines, "returns-something-else"),
             (with_floats, "floats-lose-cents"),
             (leave_the_session_open, "leaves-it-checked-out"),
