@@ -99,9 +99,7 @@ class Reporter:
             self._verdict_sent[number] = stands_still or (
                 self._verdict_sent[number] and not samples
             )
-            trouble = scope.trouble()
-            if trouble is not None and trouble.cause in self._troubles_sent[number]:
-                trouble = None
+            trouble = scope.trouble(known=self._troubles_sent[number])
             if trouble is not None:
                 self._troubles_sent[number].add(trouble.cause)
             pools.append(

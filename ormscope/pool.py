@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -204,8 +205,8 @@ class PoolScope:
         """The verdict's cause, without the lines that explain it: cheap, for who asks all the time, from any thread."""
         return self._judge(self._is_stuck_now(), report=False).cause
 
-    def trouble(self) -> Verdict | None:
-        """The verdict, if those who wait now wait for one of the TROUBLES; cheap where they do not.
+    def trouble(self, known: Collection[Cause] = ()) -> Verdict | None:
+        """The verdict, if those who wait now wait for one of the TROUBLES that is not `known`; cheap where they do not.
 
         `deadlocks` has the deadlocks, and a leak is there at the end, too.
         """
@@ -218,8 +219,12 @@ class PoolScope:
             or self._connect_error is not None
             or any(self._elsewhere(one, now) is not None for one in self.holders)
         )
-        verdict = self.verdict() if suspected else None
-        return verdict if verdict and verdict.cause in TROUBLES else None
+        wanted = set(TROUBLES) - set(known)
+        # A whole verdict looks at the stack of everybody who waits, and they may be thousands.
+        if not suspected or self.cause() not in wanted:
+            return None
+        verdict = self.verdict()
+        return verdict if verdict.cause in wanted else None
 
     async def deadlock(self) -> Verdict:
         """Wait until a deadlock of this pool is proved, and return it."""
