@@ -205,7 +205,7 @@ class PoolScope:
         """The verdict's cause, without the lines that explain it: cheap, for who asks all the time, from any thread."""
         return self._judge(self._is_stuck_now(), report=False).cause
 
-    def trouble(self, known: Collection[Cause] = ()) -> Verdict | None:
+    def trouble(self, known: Collection[Cause]) -> Verdict | None:
         """The verdict, if those who wait now wait for one of the TROUBLES that is not `known`; cheap where they do not.
 
         `deadlocks` has the deadlocks, and a leak is there at the end, too.

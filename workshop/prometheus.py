@@ -277,9 +277,9 @@ def alerts_of(scrapes: Sequence[Scrape]) -> list[str]:
     fired = set()
     if any(one.cause == "deadlock" or one["deadlocks_total"] for one in scrapes):
         fired.add("ConnectionPoolDeadlock")
-    looks = [(one.time, _is_late(scrapes[: at + 1])) for at, one in enumerate(scrapes)]
+    looks = [(one.time, _is_late(scrapes[:count])) for count, one in enumerate(scrapes, 1)]
     for is_late, group in itertools.groupby(looks, key=lambda look: look[1]):
-        times = [time for time, _ in group]
+        times = [at for at, _ in group]
         if is_late and times[-1] - times[0] >= 120 / HURRY:
             fired.add("ConnectionPoolWait")
     return sorted(fired)
