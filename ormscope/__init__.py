@@ -1,5 +1,7 @@
 """Instruments for SQLAlchemy under load: connection pools, event loop, memory."""
 
+import logging
+
 from ormscope.census import SessionCensus
 from ormscope.loop import LoopScope
 from ormscope.memory import MemoryScope
@@ -19,3 +21,6 @@ __all__ = [
     "observe",
     "storm",
 ]
+
+# What a PoolScope has to say goes to the program's own log, and nowhere where there is none.
+logging.getLogger("ormscope").addHandler(logging.NullHandler())

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import gc
 import inspect
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, ModuleType
+from types import (
+    AsyncGeneratorType,
+    BuiltinFunctionType,
+    CellType,
+    CoroutineType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, Literal, NamedTuple
 
+import greenlet
 from sqlalchemy.engine import Result
 from sqlalchemy.ext.asyncio import (
     AsyncResult,
@@ -20,8 +35,9 @@ from sqlalchemy.ext.asyncio import (
     async_scoped_session,
 )
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.orm.base import instance_state
+from sqlalchemy.orm.collections import CollectionAdapter
 from sqlalchemy.orm.instrumentation import ClassManager
+from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import ScopedRegistry
 
 from ormscope.places import is_user_code, place
@@ -29,7 +45,8 @@ from ormscope.stacks import calling_frames, locals_of
 
 Kind = Literal[
     "new", "modified", "deleted", "scoped registry", "variable", "collection", "result",
-    "traceback", "output", "cycle", "unknown",
+    "traceback", "output", "class attribute", "default argument", "cache", "context variable",
+    "callback", "value", "frozen", "cycle", "unknown",
 ]  # fmt: skip
 
 _REPORTS: dict[Kind, str] = {
@@ -42,13 +59,20 @@ _REPORTS: dict[Kind, str] = {
     "result": "a result that was not read to its end: {where}",
     "traceback": "a kept traceback: {where}",
     "output": "Jupyter's Out: {where}",
+    "class attribute": "class attribute {where}",
+    "default argument": "a default argument of {where}",
+    "cache": "the cache of {where} (lru_cache)",
+    "context variable": "context variable {where}",
+    "callback": "an event loop, which is to call {where} with them",
+    "value": "a value without a name in {where}",
+    "frozen": "one another, in a heap that gc.freeze() froze: the garbage collector does not look there",
     "cycle": "only one another, in a reference cycle that waits for the garbage collector",
     "unknown": "something that the census does not know",
 }
-_RESULTS = (Result, AsyncResult, AsyncScalarResult)
-_STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _STEP_FRAME = {CoroutineType: "cr_frame", GeneratorType: "gi_frame", AsyncGeneratorType: "ag_frame"}
-_MOST_LEVELS = 9  # of holders above an object; each costs one look at the whole heap
+_MOST_LEVELS = 15  # of holders above an object; each costs one look at the whole heap
+_TOGETHER = 64  # objects that are looked at in one call
+_NEVER_FROZEN = 1000  # Python 3.12 has a few hundred objects there that nobody has frozen
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +97,8 @@ class SessionCensus:
     sessions that scoped registries hold for tasks that have ended. `str()` is the report.
 
     It looks through the whole heap several times: some tenths of a second for each million objects. Call it from
-    the thread that uses the session. A census holds no reference to anything that it counted.
+    the thread that uses the session. A census holds no reference to anything that it counted. It changes nothing in
+    the program, and calls nothing of it: no property, no `__getattr__`, no comparison of the objects that it meets.
     """
 
     def __init__(
@@ -86,10 +111,12 @@ class SessionCensus:
     ) -> None:
         # First of all, so that nothing that is made here is among them.
         heap = gc.get_objects()
-        search = _Search(heap, None if session is None else _plain(session))
-        self.alive: Counter[str] = Counter(type(one).__name__ for one in search.counted)
-        found = Counter((type(one).__name__, *search.keeper(one)) for one in search.counted)
-        self.keepers = sorted((Keeper(count, *rest) for rest, count in found.items()), reverse=True)
+        search = _Search(heap, _passed(session), of_all=session is None)
+        self.alive: Counter[str] = Counter(search.names())
+        found = Counter(zip(search.names(), search.keepers(), strict=True))
+        self.keepers = sorted(
+            (Keeper(count, name, *root) for (name, root), count in found.items()), reverse=True
+        )
         self.sessions = len(search.abandoned)
 
     def __str__(self) -> str:
@@ -102,51 +129,211 @@ class SessionCensus:
         return "\n".join(lines)
 
 
-def _plain(session: Any) -> Session:
+def _passed(session: Any) -> Any:
+    """The synchronous session that somebody passed, in whatever it came; None where no session is made yet."""
     if isinstance(session, (scoped_session, async_scoped_session)):
-        session = session()
-    return session.sync_session if isinstance(session, AsyncSession) else session
+        # To call an unused one would make a session.
+        session = session.registry() if session.registry.has() else None
+    return _plain(session)
+
+
+def _plain(session: Any) -> Any:
+    return session.sync_session if _is_subclass(AsyncSession, type(session)) else session
 
 
 class _Root(NamedTuple):
-    """What keeps other things and is kept by the program itself."""
+    """What keeps other things: the program itself keeps it, or it is what one wants to know of a longer way."""
 
     kind: Kind
     where: str
 
 
+# What the search has to tell apart.
+_Role = Literal[
+    "mapped", "state", "module", "class", "function", "frame", "step", "result", "registry",
+    "collection", "context", "context's node", "cache", "callback", "greenlet", "anything",
+]  # fmt: skip
+_ROLES: tuple[tuple[_Role, type], ...] = (
+    ("state", InstanceState),
+    ("module", ModuleType),
+    ("class", type),
+    ("function", FunctionType),
+    ("frame", FrameType),
+    *(("step", kind) for kind in _STEP_FRAME),
+    *(("result", kind) for kind in (Result, AsyncResult, AsyncScalarResult)),
+    ("registry", ScopedRegistry),
+    ("context", contextvars.Context),
+    ("cache", functools._lru_cache_wrapper),
+    ("callback", asyncio.Handle),
+    ("greenlet", greenlet.greenlet),
+)
+_OF_INTEREST: tuple[_Role, ...] = ("mapped", "module", "registry", "context", "greenlet")
+# Of type itself: a metaclass may define each of these anew.
+_bases = type.__dict__["__mro__"].__get__
+_attributes = type.__dict__["__dict__"].__get__
+_name = type.__dict__["__name__"].__get__
+_qualified_name = type.__dict__["__qualname__"].__get__
+_is_subclass = type.__subclasscheck__
+
+
+class _Types:
+    """What an object is, and its attributes, told without a call of the user's code.
+
+    `isinstance` asks an object for its `__class__`, which may be a property, `hasattr` runs `__getattr__`, and a
+    metaclass can define how its classes compare. So this goes by the id of the type that the interpreter goes by.
+    """
+
+    def __init__(self) -> None:
+        self._roles: dict[int, _Role] = {}
+        self.getters: dict[int, Any] = {}
+
+    def role(self, value: Any) -> _Role:
+        """What an object is to the search."""
+        role = self._roles.get(id(type(value)))
+        if role is None:
+            role = self._roles[id(type(value))] = self._learn(type(value))
+        return role
+
+    def attributes(self, value: Any) -> dict[str, Any]:
+        """The `__dict__` of an object, as the interpreter has it; empty if it has none."""
+        if id(type(value)) not in self.getters:
+            # A class may define a property of this name, too.
+            found = (_attributes(base).get("__dict__") for base in _bases(type(value)))
+            own = (GetSetDescriptorType, MemberDescriptorType)
+            self.getters[id(type(value))] = next((one for one in found if type(one) in own), None)
+        getter = self.getters[id(type(value))]
+        attributes = None if getter is None else getter.__get__(value)
+        return attributes if type(attributes) is dict else {}
+
+    def _learn(self, kind: type) -> _Role:
+        for base in _bases(kind):
+            defined = _attributes(base)
+            if _is_subclass(ClassManager, type(defined.get("_sa_class_manager"))):
+                return "mapped"
+            if "_sa_adapter" in defined and defined["_sa_adapter"] is None:
+                return "collection"  # SQLAlchemy has made it one
+        for role, wanted in _ROLES:
+            if _is_subclass(wanted, kind):
+                return role
+        return "context's node" if _name(kind).startswith("hamt") else "anything"
+
+
+_UNKNOWN = _Root("unknown", "")
+
+
 class _Search:
-    """One search for the keepers: upwards from the objects to the roots, then down to whom each root keeps."""
+    """One search for the keepers: upwards from the objects to the roots, then down to whom each root keeps.
 
-    def __init__(self, heap: list[Any], session: Session | None) -> None:
-        mapped = list(_mapped(heap))
-        self.abandoned = set(_abandoned_sessions(heap))
-        self.counted = [
-            one for one in mapped if session is None or instance_state(one).session is session
-        ]
-        self._mapped_dicts = {id(one.__dict__): one for one in mapped}
-        self._mapped_ids = {id(one) for one in mapped}
-        self._variables = _variables()
-        self._namespaces, self._outputs = _namespaces()
-        self._live = {id(frame) for frame in calling_frames()}
-        # By the id of a holder: what it holds, and through which attribute.
-        self._keeps: dict[int, list[tuple[Any, str]]] = {}
-        self._roots: dict[int, tuple[Any, _Root]] = {}
+    All is noted by id. The few containers that hold the objects themselves are listed in `_own`: where the references
+    to an object are counted, these are ours.
+    """
+
+    def __init__(self, heap: list[Any], session: Session | None, *, of_all: bool) -> None:
+        self._types = _Types()
+        self._namespaces, self._outputs = _namespaces(self._types)
+        self._frozen = self._add_frozen(heap)
+        self._heap = heap
+        self._sort(session, of_all)
+        self._counted_ids = dict.fromkeys(map(id, self.counted))
+        self._nodes: dict[int, Any] = {}
+        self._own = (
+            self._heap,
+            self.counted,
+            self._modules,
+            self._nodes,
+            self._types.getters,
+        )
+        # Of each node those that it holds, and those that hold it.
+        self._keeps: dict[int, list[int]] = {}
+        self._kept_by: dict[int, list[int]] = {}
+        # What to say of whatever one node holds by another; and of the values of a dict, whose it is.
+        self._labels: dict[tuple[int, int], _Root] = {}
+        self._owned: dict[int, _Root] = {}
+        self._roots: dict[int, _Root] = {}
+        self._equal_roots: dict[_Root, _Root] = {}
         self._found: dict[int, _Root] = {}
-        for one in self.counted:
-            if (root := self._kept_by_session(one)) is not None:
-                self._roots[id(one)] = (one, root)
-                self._found[id(one)] = root
-        self._exhausted = self._search(heap)
+        # Classes above whose instances nobody has looked yet.
+        self._classes: set[int] = set()
+        self._through_instances = False
+        self._note_sessions()
+        self._judge(self._search())
 
-    def keeper(self, one: Any) -> _Root:
-        """The kind of an object's keeper, and where it is."""
-        return self._found.get(id(one)) or _Root("cycle" if self._exhausted else "unknown", "")
+    def names(self) -> Iterator[str]:
+        """The name of the class of each object that is counted."""
+        return (_name(type(mapped)) for mapped in self.counted)
 
-    def _kept_by_session(self, one: Any) -> _Root | None:
-        state = instance_state(one)
-        session = state.session
-        if session is None:
+    def keepers(self) -> Iterator[_Root]:
+        """What keeps each object that is counted."""
+        # Whatever is not garbage has been found: see _judge.
+        return (self._found.get(key, _Root("cycle", "")) for key in self._counted_ids)
+
+    def _add_frozen(self, heap: list[Any]) -> set[int]:
+        """Add what gc.freeze() has taken out of the collector's sight, as far as it can be reached; the ids of that."""
+        if gc.get_freeze_count() < _NEVER_FROZEN:
+            return set()
+        known = set(map(id, heap))
+        frozen = set()
+        todo = deque(heap)
+        todo.extend(self._types.attributes(module) for module in list(sys.modules.values()))
+        todo.extend(locals_of(frame) for frame in calling_frames())
+        while todo:
+            holder = todo.popleft()
+            held = self._held_by(holder)
+            if self._types.role(holder) == "state":
+                held.append(holder.obj())
+            for value in held:
+                if id(value) not in known and gc.is_tracked(value):
+                    known.add(id(value))
+                    frozen.add(id(value))
+                    heap.append(value)
+                    todo.append(value)
+        return frozen
+
+    def _sort(self, session: Session | None, of_all: bool) -> None:
+        """Go through the heap once, for what is of interest in itself."""
+        types = self._types
+        members: dict[_Role, list[Any]] = {role: [] for role in _OF_INTEREST}
+        for value in self._heap:
+            if (role := types.role(value)) in _OF_INTEREST:
+                members[role].append(value)
+        # What unpickling, or a class that is made without its __init__, has not finished has no state.
+        states = [(mapped, _state(mapped)) for mapped in members["mapped"]]
+        self.counted = [
+            mapped
+            for mapped, state in states
+            if state is not None and (of_all or (session is not None and state.session is session))
+        ]
+        self.abandoned = set(_abandoned_sessions(members["registry"]))
+        # By the ids of their dicts. They are looked at apart, see _held_by.
+        self._modules = {id(types.attributes(module)): module for module in members["module"]}
+        self._heap[:] = [value for value in self._heap if types.role(value) != "module"]
+        self._context_values = {
+            id(value): f"{variable.name}{_container(value)}"
+            for context in members["context"]
+            for variable, value in context.items()
+        }
+        frames = _frames(members["greenlet"])
+        self._live = {id(frame) for frame in frames}
+        self._variables, self._library_variables = _variables(frames)
+
+    def _held_by(self, holder: Any) -> list[Any]:
+        """All that an object refers to, as often as it does."""
+        if self._types.role(holder) == "module":
+            # Python 3.12.1 dies of a look into _asyncio.
+            return [self._types.attributes(holder)]
+        return gc.get_referents(holder)
+
+    def _note_sessions(self) -> None:
+        for mapped in self.counted:
+            if (root := self._root_in_session(mapped)) is not None:
+                self._roots[id(mapped)] = root
+                self._found[id(mapped)] = root
+
+    def _root_in_session(self, mapped: Any) -> _Root | None:
+        """What to say of an object that its session itself keeps; None for one that it only knows."""
+        state = _state(mapped)
+        session = None if state is None else state.session
+        if state is None or session is None:
             return None
         kind: Kind
         if state in session._new:
@@ -159,139 +346,278 @@ class _Search:
             return None
         return _Root("scoped registry" if id(session) in self.abandoned else kind, "")
 
-    def _search(self, heap: list[Any]) -> bool:
-        """Find the roots, level by level, until each object has one; whether every path was followed to its end."""
-        frontier = {id(one): one for one in self.counted if id(one) not in self._found}
+    def _search(self) -> set[int]:
+        """Find the roots, level by level, until each object has one; the nodes above which it has not looked."""
+        self._nodes.update((id(one), one) for one in self.counted if id(one) not in self._found)
+        frontier = set(self._nodes)
         seen = set(frontier)
         for _ in range(_MOST_LEVELS):
             if not frontier:
-                return True
-            above: dict[int, Any] = {}
-            for held, holder in self._holders(heap, frontier):
-                for node, through in self._steps_up(held, holder):
-                    self._keeps.setdefault(id(node), []).append((held, through))
+                # A class may have more instances than there is of all else, so they come last.
+                frontier, self._classes, self._through_instances = self._classes, set(), True
+            if not frontier:
+                break
+            above: set[int] = set()
+            for held, holder in self._holders(frontier):
+                for node in self._steps_up(held, holder):
+                    self._keeps.setdefault(id(node), []).append(id(held))
+                    self._kept_by.setdefault(id(held), []).append(id(node))
                     if id(node) not in seen and id(node) not in self._roots:
                         seen.add(id(node))
-                        above[id(node)] = node
-            frontier = above
-            self._look_down()
-            if all(id(one) in self._found for one in self.counted):
-                return True
-        return not frontier
+                        above.add(id(node))
+                        self._nodes[id(node)] = node
+            self._look_down(self._roots.items())
+            # What is above none but objects whose root is known is of no interest any more.
+            wanted = self._above_unfound()
+            seen -= above - wanted
+            frontier = above & wanted
+            self._classes &= wanted
+        return frontier | self._classes
 
-    def _holders(self, heap: list[Any], frontier: dict[int, Any]) -> Iterator[tuple[Any, Any]]:
+    def _above_unfound(self) -> set[int]:
+        """The objects without a root, and all that was found to hold them."""
+        todo = [key for key in self._counted_ids if key not in self._found]
+        above = set(todo)
+        while todo:
+            for holder in self._kept_by.get(todo.pop(), ()):
+                if holder not in above:
+                    above.add(holder)
+                    todo.append(holder)
+        return above
+
+    def _holders(self, frontier: set[int]) -> Iterator[tuple[Any, Any]]:
         """Each pair of an object in the frontier and somebody who refers to it."""
         for key, (frame, name) in self._variables.items():
             if key in frontier:
-                yield frontier[key], _Root("variable", _variable(frame, name, frontier[key]))
-        for holder in heap:
-            if isinstance(holder, ModuleType):
-                continue  # its dict is in the heap too; Python 3.12.1 dies of a look into _asyncio
-            for held in gc.get_referents(holder):
-                if id(held) in frontier:
-                    yield frontier[id(held)], holder
+                held = self._nodes[key]
+                yield held, _Root("variable", _variable(frame, name, held))
+        for key, module in self._modules.items():
+            if key in frontier:
+                yield self._nodes[key], module
+        for start in range(0, len(self._heap), _TOGETHER):
+            some = self._heap[start : start + _TOGETHER]
+            if frontier.isdisjoint(map(id, gc.get_referents(*some))):
+                continue
+            for holder in some:
+                for held in gc.get_referents(holder):
+                    if id(held) in frontier:
+                        yield held, holder
 
-    def _steps_up(self, held: Any, holder: Any) -> Iterator[tuple[Any, str]]:
-        """What to look at next above `held`, and by which attribute it holds that; roots are noted instead."""
-        root = holder if isinstance(holder, _Root) else self._root(held, holder)
+    def _steps_up(self, held: Any, holder: Any) -> Iterator[Any]:
+        """What to look at next above `held`, and a note of what there is to say of it; roots are noted instead."""
+        role = self._types.role(holder)
+        root = holder if type(holder) is _Root else self._root(role, held, holder)
         if root is not None:
-            if root.kind != "unknown":
-                self._roots.setdefault(id(root), (root, root))
-                yield root, ""
-            return
-        adapter = (
-            getattr(holder, "_sa_adapter", None) if isinstance(holder, (list, set, dict)) else None
-        )
-        if adapter is not None and (owner := adapter.owner_state.obj()) is not None:
-            yield owner, f"{type(owner).__name__}.{adapter._key}"
-        elif id(holder) in self._mapped_dicts:
-            yield self._mapped_dicts[id(holder)], ""
+            root = self._equal_roots.setdefault(root, root)
+            self._roots[id(root)] = root
+            yield root
+        elif role == "frame":
+            return  # it is running: its variables are known
+        elif type(holder) is held and not self._through_instances:
+            self._classes.add(id(held))
         else:
-            yield holder, ""
+            if role == "collection":
+                yield from self._owner(held, holder)
+            elif label := self._label(role, held, holder):
+                self._labels[id(holder), id(held)] = label
+            # It may be that the collection is kept and its owner is not.
+            yield holder
 
-    def _root(self, held: Any, holder: Any) -> _Root | None:
-        """The root that a holder is; None where one has to look further up, unknown for what keeps nothing."""
-        if isinstance(holder, _RESULTS):
-            return _Root("result", type(holder).__name__)
-        if isinstance(holder, FrameType):
+    def _root(self, role: _Role, held: Any, holder: Any) -> _Root | None:
+        """The root that a holder is; None where one has to look further up."""
+        if role == "result":
+            return _Root("result", _name(type(holder)))
+        if role == "frame" and id(holder) not in self._live:
             # The collector knows a frame only once it has ended: what keeps it then is a traceback.
-            return (
-                _Root("unknown", "")
-                if id(holder) in self._live
-                else _Root("traceback", _traceback(holder))
-            )
-        if isinstance(holder, _STEPS):
-            frame = getattr(holder, _STEP_FRAME[type(holder)])
-            if frame is not None and is_user_code(frame.f_code.co_filename):
-                names = [name for name, value in locals_of(frame).items() if value is held]
-                return _Root("variable", _variable(frame, names[0], held)) if names else None
-        if isinstance(holder, dict) and id(holder) in self._namespaces:
+            return _Root("traceback", _traceback(holder))
+        if role == "step":
+            return _in_step(held, holder)
+        if type(holder) is dict and id(holder) in self._namespaces:
             if holder is self._outputs:
                 return _Root("output", "a result that a cell has shown")
-            names = [name for name, value in list(holder.items()) if value is held]
-            names = [name for name in names if not name.startswith("_")] or names[:1]
-            if not names:
+            name = _key(held, holder)
+            if name is None:
                 return None
-            if self._outputs is not None and names[0].startswith("_"):
-                return _Root("output", f"a result that a cell has shown, also called {names[0]}")
+            if self._outputs is not None and name.startswith("_"):
+                return _Root("output", f"a result that a cell has shown, also called {name}")
             kind = _container(held)
-            return _Root("variable", f"{names[0]}{kind} of {self._namespaces[id(holder)]}")
+            return _Root("variable", f"{name}{kind} of {self._namespaces[id(holder)]}")
         return None
 
-    def _look_down(self) -> None:
-        """Give each object that can be reached from a root the nearest of them."""
-        queue = deque((node, root) for node, root in self._roots.values())
-        seen = {id(node) for node, _ in queue}
+    def _owner(self, held: Any, collection: Any) -> Iterator[Any]:
+        """The mapped object that has loaded this collection."""
+        adapter = object.__getattribute__(collection, "_sa_adapter")
+        owner = adapter.owner_state.obj() if type(adapter) is CollectionAdapter else None
+        if owner is not None and self._types.attributes(owner).get(adapter._key) is collection:
+            through = f"{_name(type(owner))}.{adapter._key}"
+            self._labels[id(owner), id(held)] = _Root("collection", through)
+            yield owner
+
+    def _label(self, role: _Role, held: Any, holder: Any) -> _Root | None:
+        """What to say of all that is kept by this reference, whatever keeps the holder; None for most."""
+        if role == "class" and type(held) is dict:
+            self._owned[id(held)] = _Root("class attribute", f"{_short(_qualified_name(holder))}.")
+        elif role == "module":
+            self._owned[id(held)] = _Root("variable", f" of module {held.get('__name__')}")
+        elif role == "function":
+            if held is holder.__globals__ and "__name__" in held:
+                self._owned[id(held)] = _Root("variable", f" of module {held['__name__']}")
+            if held is holder.__defaults__ or held is holder.__kwdefaults__:
+                return _Root("default argument", _short(holder.__qualname__))
+        elif role == "context's node" and id(held) in self._context_values:
+            return _Root("context variable", self._context_values[id(held)])
+        elif role == "cache":
+            wrapped = self._types.attributes(holder).get("__wrapped__")
+            if held is not wrapped and held is not self._types.attributes(holder):
+                return _Root("cache", _callables_name(wrapped))
+        elif role == "callback" and (callback := _users_callback(held, holder)) is not None:
+            return _Root("callback", callback)
+        return None
+
+    def _look_down(self, starts: Iterable[tuple[int, _Root]]) -> None:
+        """Give each object that can be reached from the starts the nearest of them, if it has none."""
+        seen: set[int] = set()
+        queue: deque[tuple[int, _Root]] = deque()
+        for key, root in starts:
+            if key not in seen:
+                seen.add(key)
+                queue.append((key, root))
         while queue:
-            node, root = queue.popleft()
-            if id(node) in self._mapped_ids:
-                self._found.setdefault(id(node), root)
-            for held, through in self._keeps.get(id(node), ()):
-                if id(held) not in seen:
-                    seen.add(id(held))
-                    below = root
-                    if through:
-                        keeper = _REPORTS[root.kind].format(where=root.where)
-                        below = _Root("collection", f"{through}, whose owner is kept by {keeper}")
-                    queue.append((held, below))
+            key, root = queue.popleft()
+            if key in self._counted_ids:
+                self._found.setdefault(key, root)
+            for held in self._keeps.get(key, ()):
+                if held not in seen:
+                    seen.add(held)
+                    queue.append((held, self._below(key, held, root)))
+
+    def _below(self, holder: int, held: int, root: _Root) -> _Root:
+        """What to say of that which a root keeps by way of a holder."""
+        label = self._labels.get((holder, held))
+        if label is None and holder in self._owned:
+            label = self._labels[holder, held] = self._value_of(holder, held)
+        if label is None:
+            return root
+        if label.kind != "collection":
+            return label
+        keeper = _REPORTS[root.kind].format(where=root.where)
+        return _Root("collection", f"{label.where}, whose owner is kept by {keeper}")
+
+    def _value_of(self, namespace: int, held: int) -> _Root:
+        """What to say of a class attribute, or a variable of a module that is not in sys.modules."""
+        kind, where = self._owned[namespace]
+        value = self._nodes[held]
+        name = f"{_key(value, self._nodes[namespace])}{_container(value)}"
+        return _Root(kind, f"{where}{name}" if kind == "class attribute" else f"{name}{where}")
+
+    def _judge(self, not_looked_above: set[int]) -> None:
+        """Find something to say of each object that has no root and is not garbage.
+
+        By the collector's own rule: what has more references than were met on the way up is kept from outside, and
+        keeps what it holds. Of the rest one may say that the collector frees it.
+        """
+        suspects = self._above_unfound()
+        if not suspects:
+            return
+        kept = self._referred_to_from_outside(suspects) | (not_looked_above & suspects)
+        frozen = self._frozen & suspects
+        alive = set(kept | frozen)
+        todo = list(alive)
+        while todo:
+            for held in self._keeps.get(todo.pop(), ()):
+                if held not in alive:
+                    alive.add(held)
+                    todo.append(held)
+        labels = (
+            (held, self._below(holder, held, _UNKNOWN))
+            for holder in alive
+            for held in self._keeps.get(holder, ())
+        )
+        # The best that can be said comes first.
+        self._look_down([one for one in labels if one[1].kind not in ("unknown", "collection")])
+        self._look_down(
+            (key, _Root("variable", _variable(frame, name, self._nodes[key])))
+            for key, (frame, name) in self._library_variables.items()
+            if key in suspects
+        )
+        self._look_down((key, _UNKNOWN) for key in kept)
+        self._look_down((key, _Root("frozen", "")) for key in frozen)
+
+    def _referred_to_from_outside(self, keys: set[int]) -> set[int]:
+        """Those nodes to which somebody refers who is not among them."""
+        nodes = [self._nodes[key] for key in keys]
+        counts = list(map(sys.getrefcount, nodes))
+        # What the list and the call contribute. It depends on the version of Python.
+        (added,) = map(sys.getrefcount, [object()])
+        explained = Counter(
+            key
+            for holder in (*self._own, *nodes)
+            for key in map(id, self._held_by(holder))
+            if key in keys
+        )
+        return {
+            key for key, count in zip(keys, counts, strict=True) if count - added > explained[key]
+        }
 
 
-def _mapped(heap: Iterable[Any]) -> Iterator[Any]:
-    known: dict[type, bool] = {}
-    for one in heap:
-        kind = type(one)
-        if kind not in known:
-            known[kind] = isinstance(getattr(kind, "_sa_class_manager", None), ClassManager)
-        if known[kind] and "_sa_instance_state" in one.__dict__:
-            yield one
+def _state(mapped: Any) -> InstanceState[Any] | None:
+    """SQLAlchemy's record of a mapped object, got without a call of the user's code.
+
+    To ask for `__dict__` would make a dict, where the interpreter has none yet.
+    """
+    try:
+        state: InstanceState[Any] = object.__getattribute__(mapped, "_sa_instance_state")
+    except AttributeError:
+        return None
+    return state
 
 
-def _abandoned_sessions(heap: Iterable[Any]) -> Iterator[int]:
-    """The ids of the sessions that a scoped registry holds for a task that has ended."""
-    for one in heap:
-        if isinstance(one, ScopedRegistry):
-            for scope, session in list(getattr(one, "registry", {}).items()):
-                if isinstance(scope, asyncio.Task) and scope.done():
-                    yield id(_plain(session))
+def _abandoned_sessions(registries: Iterable[Any]) -> Iterator[int]:
+    """The ids of the sessions that scoped registries hold for tasks that have ended."""
+    for registry in registries:
+        try:
+            sessions = ScopedRegistry.__dict__["registry"].__get__(registry)
+        except AttributeError:
+            continue  # somebody is just making it
+        # A registry by thread has a threading.local, from which sessions go together with their threads.
+        for scope, session in list(sessions.items()) if type(sessions) is dict else ():
+            if _is_subclass(asyncio.Task, type(scope)) and asyncio.Task.done(scope):
+                yield id(_plain(session))
 
 
-def _variables() -> dict[int, tuple[FrameType, str]]:
-    """The local variables of the user's functions that run now, by the id of their value; innermost first."""
-    found: dict[int, tuple[FrameType, str]] = {}
-    for frame in calling_frames():
+_Variables = dict[int, tuple[FrameType, str]]
+
+
+def _frames(greenlets: Iterable[Any]) -> list[FrameType]:
+    """The frames that run now or wait in a greenlet, innermost first."""
+    frames = calling_frames()
+    for waiting in greenlets:
+        frame = greenlet.greenlet.gr_frame.__get__(waiting)
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+    return frames
+
+
+def _variables(frames: Iterable[FrameType]) -> tuple[_Variables, _Variables]:
+    """The local variables of the user's functions, and those of all others, by the ids of their values."""
+    users: _Variables = {}
+    others: _Variables = {}
+    for frame in frames:
         code = frame.f_code
-        if is_user_code(code.co_filename) and code.co_flags & inspect.CO_OPTIMIZED:
+        if code.co_flags & inspect.CO_OPTIMIZED:
+            found = users if is_user_code(code.co_filename) else others
             for name, value in locals_of(frame).items():
                 found.setdefault(id(value), (frame, name))
-    return found
+    return users, others
 
 
-def _namespaces() -> tuple[dict[int, str], Any]:
+def _namespaces(types: _Types) -> tuple[dict[int, str], Any]:
     """The global variables of modules, by the id of their dict, and Jupyter's Out."""
     found = {
-        id(module.__dict__): f"module {name}"
+        id(variables): f"module {name}"
         for name, module in list(sys.modules.items())
-        if hasattr(module, "__dict__")
+        if (variables := types.attributes(module))
     }
     outputs = None
     if "IPython" in sys.modules:
@@ -305,10 +631,37 @@ def _namespaces() -> tuple[dict[int, str], Any]:
     return found, outputs
 
 
+def _in_step(held: Any, step: Any) -> _Root | None:
+    """The root that a coroutine or generator of the user is, where it waits; None for one of a library."""
+    frame = getattr(step, _STEP_FRAME[type(step)])
+    if frame is None or not is_user_code(frame.f_code.co_filename):
+        return None
+    if type(held) is FunctionType and held.__code__ is frame.f_code:
+        return None  # its own function, which holds the variables of the functions around it
+    value = _content(held) if type(held) is CellType else held
+    for name, own in locals_of(frame).items():
+        if own is value:
+            return _Root("variable", _variable(frame, name, value))
+    return _Root("value", place((frame.f_code, frame.f_lineno)).short)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+def _key(value: Any, namespace: dict[str, Any]) -> str | None:
+    """The name of a value in a namespace, rather one that is not private; None if it is no longer there."""
+    names = [name for name, own in list(namespace.items()) if own is value and type(name) is str]
+    return next((name for name in names if not name.startswith("_")), names[0] if names else None)
+
+
 def _container(held: Any) -> str:
-    return (
-        f" (a {type(held).__name__})" if isinstance(held, (list, tuple, set, dict, deque)) else ""
-    )
+    containers = (list, tuple, set, dict, deque)
+    kind = type(held)
+    return f" (a {_name(kind)})" if any(_is_subclass(one, kind) for one in containers) else ""
 
 
 def _variable(frame: FrameType, name: str, held: Any) -> str:
@@ -318,3 +671,42 @@ def _variable(frame: FrameType, name: str, held: Any) -> str:
 
 def _traceback(frame: FrameType) -> str:
     return f"the frame of {place((frame.f_code, frame.f_lineno)).short} is in it"
+
+
+def _short(qualified_name: str) -> str:
+    """A name without the functions in which it was defined."""
+    return qualified_name.rpartition("<locals>.")[2]
+
+
+def _function(called: Any) -> Any:
+    """What is called in the end by a bound method or a partial."""
+    while True:
+        if type(called) is MethodType:
+            called = called.__func__
+        elif _is_subclass(functools.partial, type(called)):
+            called = functools.partial.func.__get__(called)
+        else:
+            return called
+
+
+def _callables_name(called: Any) -> str:
+    function = _function(called)
+    if type(function) in (FunctionType, BuiltinFunctionType):
+        return _short(function.__qualname__)
+    return str(_name(type(function)))
+
+
+def _users_callback(held: Any, handle: Any) -> str | None:
+    """What an event loop is to call, if it is the user's and `held` is the call's; None if not.
+
+    To wake up whoever waits is a call as well, but then it is not the event loop that keeps what he has.
+    """
+    slots = asyncio.Handle.__dict__
+    callback, arguments = slots["_callback"].__get__(handle), slots["_args"].__get__(handle)
+    function = _function(callback)
+    if type(function) is FunctionType:
+        if not is_user_code(function.__code__.co_filename):
+            return None
+    elif type(function) is not BuiltinFunctionType or held is callback:
+        return None
+    return _callables_name(function) if held is callback or held is arguments else None

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO
@@ -38,24 +39,29 @@ class Reporter:
         self.loop_scope: Any = None
 
     def watch_every_engine(self) -> None:
-        """Give each engine that this process creates a PoolScope at its birth; SQLAlchemy has no event for that."""
+        """Give each engine that this process creates a PoolScope at its birth.
+
+        SQLAlchemy tells a dialect when an engine has been made; there is no event for that. (To replace the engine's
+        constructor would hide its arguments from `create_engine`, which looks for their names.)
+        """
         from sqlalchemy.engine import Engine
+        from sqlalchemy.engine.default import DefaultDialect
 
         from ormscope.pool import PoolScope
 
-        original = Engine.__init__
+        original = DefaultDialect.engine_created.__func__  # type: ignore[attr-defined]
 
-        def watched(engine: Engine, *arguments: Any, **options: Any) -> None:
-            original(engine, *arguments, **options)
+        def watched(dialect: type[DefaultDialect], engine: Engine) -> None:
+            original(dialect, engine)
             name = engine.pool.logging_name
             if name is None:
                 name = "pool" if not self._scopes else f"pool {len(self._scopes) + 1}"
-            self._scopes.append(PoolScope(engine, name))
+            self._scopes.append(PoolScope(engine, name, loop=self.loop_scope, samples=True))
             self._deadlocks_sent.append(0)
             self._verdict_sent.append(False)
             self._troubles_sent.append(set())
 
-        Engine.__init__ = watched  # type: ignore[method-assign,assignment]
+        DefaultDialect.engine_created = classmethod(watched)  # type: ignore[method-assign,assignment]
 
     def start(self) -> None:
         """Begin to send; times are counted, and memory is compared, from here."""
@@ -70,14 +76,22 @@ class Reporter:
     def finish(self, kind: str, content: Any) -> None:
         """Send the last samples, the final verdicts and how the run ended."""
         with self._lock:
-            self._send("seen", self._collect(final=True))
+            try:
+                self._send("seen", self._collect(final=True))
+            except Exception:
+                self._send("failed", traceback.format_exc())
             self._send(kind, (time.perf_counter() - self._start, content))
 
     def _send_for_ever(self) -> None:
         while True:
             time.sleep(_SEND_SECONDS)
             with self._lock:
-                self._send("seen", self._collect(final=False))
+                try:
+                    seen = self._collect(final=False)
+                except Exception:
+                    self._send("failed", traceback.format_exc())
+                    return
+                self._send("seen", seen)
 
     def _send(self, kind: str, content: Any) -> None:
         pickle.dump((kind, content), self._stream)
@@ -95,7 +109,7 @@ class Reporter:
             samples = _drained(scope.samples)
             # Where nothing moves, say why at once: the process may be killed before its last words.
             stands_still = not samples and bool(scope.holders) and not self._verdict_sent[number]
-            last = scope.verdict() if final or stands_still else None
+            last = scope.verdict() if final else scope.verdict_now() if stands_still else None
             self._verdict_sent[number] = stands_still or (
                 self._verdict_sent[number] and not samples
             )

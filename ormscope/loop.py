@@ -14,18 +14,21 @@ _REMEMBERED_SECONDS = 60.0
 class LoopScope:
     """Watches the running event loop until `close()`; create it in a coroutine or callback of that loop.
 
+    `event_loop` is that loop, `thread` the identifier of its thread.
+
     A callback runs every 20 ms, when the loop lets it. `lag()` may be called from any thread, so a
     loop that is blocked *now* shows its lag now, not only once it is over.
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.event_loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
         self._longest_finished = 0.0
         # When a lag ended and how long it was. One that a later and longer one outdoes is left out, so they fall.
         self._recent: deque[tuple[float, float]] = deque()
         self._lock = threading.Lock()
         self._due = time.perf_counter()
-        self._handle = self._loop.call_soon(self._beat)
+        self._handle = self.event_loop.call_soon(self._beat)
 
     def _beat(self) -> None:
         now = time.perf_counter()
@@ -38,7 +41,7 @@ class LoopScope:
             while self._recent[0][0] < now - _REMEMBERED_SECONDS:
                 self._recent.popleft()
         self._due = now + _INTERVAL_SECONDS
-        self._handle = self._loop.call_later(_INTERVAL_SECONDS, self._beat)
+        self._handle = self.event_loop.call_later(_INTERVAL_SECONDS, self._beat)
 
     def lag(self) -> float:
         """Seconds that the loop is behind at this moment; 0 when it is on time."""

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 import cloudpickle
 
 from ormscope.forks import CAN_FORK, Process, forked, spawned
+from ormscope.ledger import Sample
 from ormscope.memory import MemorySample, MemoryScope
 from ormscope.places import is_cell
-from ormscope.pool import Sample
 from ormscope.recording import Curve, ObjectsSample, PoolCurve, Recording
 from ormscope.storm import Request
 
@@ -38,6 +38,10 @@ class WorkloadError(Exception):
 
 class UnsendableError(ValueError):
     """A workload that cannot be sent to a process of its own; the message says why."""
+
+
+class InstrumentError(Exception):
+    """The instruments of a run have failed, so its recording is not whole; the message is their traceback."""
 
 
 class WorkloadTraceback(Exception):
@@ -68,7 +72,8 @@ def observe(
     In a notebook the picture is drawn while the run goes on, and `curves` chooses what it shows, from above.
     With `live=False` nothing is drawn or said, and what the run prints is only recorded.
 
-    Raises what the workload raises, with the workload's traceback; UnsendableError when it cannot be sent.
+    Raises what the workload raises, with the workload's traceback; UnsendableError when it cannot be sent;
+    InstrumentError where the instruments have failed, for their recording would not be the truth.
     """
     recording = Recording(
         title=title or workload.__name__, fuse=fuse, memory_limit=memory_limit, curves=tuple(curves)
@@ -216,6 +221,8 @@ def _follow(
             deadline = time.monotonic() + recording.fuse
         elif kind == "seen":
             _take_in(recording, content)
+        elif kind == "failed":
+            failure = InstrumentError(content)
         elif kind == "printed":
             recording.printed += content
             if live:
@@ -225,7 +232,8 @@ def _follow(
             if kind == "returned":
                 recording.ended, recording.result = "returned", cloudpickle.loads(end)
             elif kind == "raised":
-                recording.ended, failure = "raised", _carried_over(*end)
+                recording.ended = "raised"
+                failure = failure or _carried_over(*end)
             deadline = time.monotonic() + _FAREWELL_SECONDS
             stopping = True
         if time.monotonic() > deadline:

@@ -389,8 +389,9 @@ def draw_waits(recording: Recording) -> Picture:
         raise ValueError(f"no wait-for graph: no deadlock was seen in {recording.title!r}")
     verdict = recording.deadlocks[0]
     holding = sorted(verdict.holding, key=lambda one: _natural(one.owner))
-    behind = {id(one.waits) for one in holding}
-    others = sum(id(one) not in behind for one in verdict.waiting)
+    others = len(verdict.waiting) - sum(
+        one.waits is not None and one.waits.pool == verdict.pool for one in holding
+    )
     font = 12 if len(holding) <= 24 else 8
     with look():
         figure = new_figure(10, 5.6)
@@ -433,9 +434,11 @@ def draw_waits(recording: Recording) -> Picture:
         for text, color, y in notes:
             axes.annotate(text, (-3.05, y), color=color, weight="bold", va="center", fontsize=14)
         figure.suptitle("Who waits for whom", x=0.01, ha="left", weight="bold", fontsize=16)
+    asked = {holder.waits.pool for holder in holding if holder.waits} or {verdict.pool}
+    of = "the same pool" if asked == {verdict.pool} else " and ".join(sorted(asked))
     alternative = (
         f"Wait-for graph: {len(holding)} tasks each hold one connection of {verdict.pool} and wait for one more"
-        f" of the same pool; {others} tasks that hold nothing wait behind them."
+        f" of {of}; {others} tasks that hold nothing wait behind them."
     )
     return Picture(figure, "who waits for whom", alternative)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import linecache
 import os
@@ -15,9 +14,9 @@ from types import CodeType, FrameType
 import greenlet
 import sqlalchemy
 
+from ormscope.internals import LOOP_STEP
 from ormscope.owners import TaskOrThread
-from ormscope.stacks import awaited_future, sleeping_frames, thread_frames
-from ormscope.waitgraph import awaited_tasks
+from ormscope.stacks import sleeping_frames, thread_frames
 
 # A frame as it was at one moment. Resolving it to text costs file access, so that waits until somebody asks.
 RawPlace = tuple[CodeType, int]
@@ -33,18 +32,24 @@ _SQLALCHEMY = _folder(os.path.dirname(sqlalchemy.__file__))
 _MACHINERY = (_folder(os.path.dirname(__file__)), _SQLALCHEMY)
 # Between a notebook's cell and the event loop.
 _KERNEL = tuple(
-    os.path.join(one, name, "") for one in _SITE_PACKAGES for name in ("IPython", "ipykernel")
+    os.path.join(folder, name, "") for folder in _SITE_PACKAGES for name in ("IPython", "ipykernel")
 )
-_LOOP_STEP = asyncio.Handle._run.__code__
 
 
-@functools.cache
+_is_user_code: dict[
+    str, bool
+] = {}  # what is_user_code has said; a dict is asked faster than a function
+
+
 def is_user_code(filename: str) -> bool:
     """Whether a file is the user's: not ormscope, not SQLAlchemy, not the standard library."""
-    in_library = filename.startswith(_STANDARD_LIBRARY) and not filename.startswith(_SITE_PACKAGES)
-    return not (
-        in_library or filename.startswith((*_MACHINERY, *_KERNEL, "<frozen", "<sqlalchemy"))
-    )
+    if filename not in _is_user_code:
+        in_library = filename.startswith(_STANDARD_LIBRARY)
+        in_library = in_library and not filename.startswith(_SITE_PACKAGES)
+        _is_user_code[filename] = not (
+            in_library or filename.startswith((*_MACHINERY, *_KERNEL, "<frozen", "<sqlalchemy"))
+        )
+    return _is_user_code[filename]
 
 
 _MOST_FRAMES = 6
@@ -57,63 +62,55 @@ def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
 
 def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
     """Of frames, outermost first, those of the user's code, innermost first."""
-    own = (one for one in reversed(frames) if is_user_code(one.f_code.co_filename))
-    return tuple((one.f_code, one.f_lineno) for one in islice(own, _MOST_FRAMES))
+    own = (frame for frame in reversed(frames) if is_user_code(frame.f_code.co_filename))
+    return tuple((frame.f_code, frame.f_lineno) for frame in islice(own, _MOST_FRAMES))
 
 
-def calling_places(skipped: int) -> tuple[RawPlace, ...]:
+def calling_places() -> tuple[RawPlace, ...]:
     """The frames of the user's code that led here, innermost first, at most six.
 
-    `skipped` is how many of the innermost frames cannot be the user's: to look at a frame has its price.
-
-    SQLAlchemy runs its internals in a greenlet of their own, whose stack ends at its first call;
-    the coroutine that awaits it stands on the stack of the parent greenlet.
+    SQLAlchemy runs its internals in a greenlet of their own, whose stack ends at its first call; the coroutine that
+    awaits it stands on the stack of the parent greenlet. Each frame that is looked at costs, and in the greenlet
+    the user has code only by `run_sync`.
     """
     frames: list[RawPlace] = []
-    frame: FrameType | None = sys._getframe(skipped)
     parent = greenlet.getcurrent().parent
-    while len(frames) < _MOST_FRAMES:
-        if frame is None:
-            if parent is None:
-                break
-            frame, parent = parent.gr_frame, parent.parent
-            continue
-        code = frame.f_code
-        if code is _LOOP_STEP:
-            break  # below it is whoever started the loop, not what this task is doing
-        if is_user_code(code.co_filename):
-            frames.append((code, frame.f_lineno))
-        frame = frame.f_back
+    if parent is None:
+        _add_places(sys._getframe(1), frames)
+        return tuple(frames)
+    if _comes_from_run_sync(parent.gr_frame):
+        _add_places(sys._getframe(1), frames)
+    while parent is not None and len(frames) < _MOST_FRAMES:
+        if _add_places(parent.gr_frame, frames):
+            break
+        parent = parent.parent
     return tuple(frames)
+
+
+def _comes_from_run_sync(frame: FrameType | None) -> bool:
+    """Whether `greenlet_spawn`, whose frame is given, was called by `run_sync` of a connection or session."""
+    caller = None if frame is None else frame.f_back
+    return caller is not None and caller.f_code.co_name == "run_sync"
+
+
+def _add_places(frame: FrameType | None, frames: list[RawPlace]) -> bool:
+    """Add the user's frames of a stack; whether the loop was reached: below it is whoever started it."""
+    while frame is not None and len(frames) < _MOST_FRAMES:
+        code = frame.f_code
+        user = _is_user_code.get(code.co_filename)
+        if user is None:
+            user = is_user_code(code.co_filename)
+        if user:
+            frames.append((code, frame.f_lineno))
+        elif code is LOOP_STEP:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def running_places(thread: int) -> tuple[RawPlace, ...]:
     """The frames of the user's code in which a thread, given by its identifier, is at this moment, innermost first."""
     return _users(thread_frames(thread))
-
-
-def foreign_place(subject: TaskOrThread) -> Place | None:
-    """The line of the user's code in which a task or thread sleeps for something that SQLAlchemy does not know of.
-
-    A framework may run the user's code in a task of its own, for which this one waits; then the line is there.
-    """
-    if isinstance(subject, asyncio.Task) and awaited_future(subject) is None:
-        return None  # it is about to run, or runs
-    frames = sleeping_frames(subject)
-    files = [one.f_code.co_filename for one in frames]
-    if any(file.startswith(_SQLALCHEMY) for file in files):
-        return None  # it waits for the database, or for the pool
-    users = [
-        (frame.f_code, frame.f_lineno) for frame in frames if is_user_code(frame.f_code.co_filename)
-    ]
-    own = [one for one in users if not one[0].co_filename.startswith(_SITE_PACKAGES)]
-    if own:
-        return place(own[-1])
-    children = awaited_tasks(subject) if isinstance(subject, asyncio.Task) else ()
-    found = [foreign_place(one) for one in children]
-    # Else the framework itself waits: for the browser to hang up, say.
-    known = [one for one in found if one not in (None, NOWHERE)]
-    return min(known, default=place(users[-1]) if users else NOWHERE)
 
 
 @dataclass(frozen=True, order=True)
@@ -130,6 +127,8 @@ class Place:
     file: str = ""
 
     def __str__(self) -> str:
+        if not self.line:
+            return self.function
         where = (
             f"{self.file}:{self.line}, {self.function}"
             if self.file
@@ -140,7 +139,7 @@ class Place:
     @property
     def short(self) -> str:
         """Function and line, without the text."""
-        return f"{self.function}, line {self.line}"
+        return f"{self.function}, line {self.line}" if self.line else self.function
 
 
 NOWHERE = Place("outside the user's code", 0, "")
@@ -154,8 +153,9 @@ def is_cell(filename: str) -> bool:
     ).startswith("ipykernel_")
 
 
+@functools.lru_cache(maxsize=1000)
 def place(raw: RawPlace) -> Place:
-    """The place of a raw frame."""
+    """The place of a raw frame; the same object for the same frame."""
     code, line = raw
     filename = code.co_filename
     return Place(
@@ -164,3 +164,14 @@ def place(raw: RawPlace) -> Place:
         text=linecache.getline(filename, line).strip(),
         file="" if is_cell(filename) else os.path.basename(filename),
     )
+
+
+@functools.lru_cache(maxsize=1000)
+def places(frames: tuple[RawPlace, ...]) -> tuple[Place, ...]:
+    """The places of raw frames; the same object for the same frames."""
+    return tuple(map(place, frames))
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file stands in an installed package: not the program's own, though it may be the user's choice."""
+    return filename.startswith(_SITE_PACKAGES)

@@ -4,155 +4,110 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExecutionContext
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
+from sqlalchemy.pool import Pool, QueuePool
 
-from ormscope import waitgraph
+from ormscope import internals, proof, waitgraph
+from ormscope.activity import Activity, activity_of
 from ormscope.durations import Durations
-from ormscope.owners import Owner, TaskOrThread, current, name_of
-from ormscope.places import (
-    NOWHERE,
-    Place,
-    RawPlace,
-    calling_places,
-    foreign_place,
-    place,
-    running_places,
-    sleeping_places,
-)
-from ormscope.stacks import awaited_future
-from ormscope.tracebacks import outcome_of
-from ormscope.verdict import TROUBLES, Cause, Holding, Verdict, Waiting, judge
+from ormscope.hooks import attach, detach, logger, step_aside
+from ormscope.ledger import Attempt, Holder, Ledger, Sample, Waiter
+from ormscope.loop import LoopScope
+from ormscope.loops import watch_of
+from ormscope.owners import TaskOrThread, current, name_of
+from ormscope.places import NOWHERE, Place, RawPlace, place, places, running_places
+from ormscope.proof import Proof
+from ormscope.server import ServerReport, ask
+from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
 
-# The dialect's events, not the engine's: those would slow down each BEGIN, COMMIT and result as well.
-_STATEMENT_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
-# calling_places, PoolScope._takes, Watched._do_get, and three of SQLAlchemy's pool, up to Pool.connect.
-_POOL_FRAMES = 6
-_RECHECK_SECONDS = 0.025
 # The look for a deadlock is also the loop's heartbeat. A storm's first step may take a quarter of a second.
 _BLOCKED_SECONDS = 0.5
-_FOREIGN_SECONDS = (
-    0.1  # a holder that has not used its connection for so long, and waits for something else
+_BLOCKED_LOOKS = 3  # at what the loop does, 5 ms apart: it is blocked if that is always the same
+# A holder that has not used its connection for so long, and waits for something else.
+_FOREIGN_SECONDS = 0.1
+_IDLE_SECONDS = (
+    1.0  # a connection that nobody has used for so long may be lost, though nobody misses it
 )
-_UNFAIR_TURNS = (
-    5  # connections taken past the queue, in units of the capacity, while nobody in it was served
-)
-# Nothing has come back for so long that "busy, but moving" would be a guess.
-_STILL_SECONDS = 3.0
-_KEPT_SAMPLES = 100_000
+_LOST_SECONDS = 10.0  # what was lost is not looked for again so soon, unless somebody uses it
+# Connections taken past the queue, in units of the capacity, while nobody in it was served; and how long ago at most.
+_UNFAIR_TURNS = 5
+_UNFAIR_SECONDS = 0.5
+_MOVING_SECONDS = 1.0  # something came back so recently that the pool is moving
+_STILL_SECONDS = 3.0  # nothing has come back for so long that "busy" would be a guess
+_FAILING_SECONDS = 10.0  # attempts to connect that are older say nothing about now
+_KNOWN_SECONDS = 60.0  # the last attempt of all is remembered longer
 _KEPT_DEADLOCKS = 100  # a service that deadlocks anew each half minute does so for days
-
-_scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
-
-
-class Sample(NamedTuple):
-    """The pool at one moment: `time.perf_counter()` seconds, connections checked out, tasks waiting."""
-
-    time: float
-    checked_out: int
-    waiting: int
-
-
-@dataclass(eq=False, slots=True)
-class Holder:
-    """A connection that is checked out. `since` is in `time.perf_counter()` seconds."""
-
-    owner: Owner
-    since: float
-    frames: tuple[RawPlace, ...]
-    pool: Pool
-    last_user: Owner
-    last_used: float
-    last_sql: str | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Waiter:
-    """A task or thread in the pool's queue. `since` is in `time.perf_counter()` seconds."""
-
-    since: float
-    connecting: bool = False
+_TOLD_SECONDS = 60.0  # so long who was in a broken deadlock is told of it
 
 
 class PoolScope:
     """Watches the pool of one engine from now on, until `close()`.
 
-    `engine` is an `AsyncEngine` or an `Engine`. SQLAlchemy has no event for *waiting*, so the pool's
-    class is replaced by a subclass of itself that notes who asks; `recreate()`, and so `dispose()`,
-    keeps that class, and the scope goes on with the engine's new pool.
+    `engine` is an `AsyncEngine` or an `Engine`; `dispose()` gives it another pool, which is watched as well. With a
+    `loop`, what blocks the event loop is named also while nobody waits for a connection. `samples=True` keeps the
+    curve: a `Sample` for each change, the last 100,000.
 
-    `samples` holds the curve (a `Sample` for each change, the last 100,000), `deadlocks` a `Verdict`
-    for each deadlock that was proved (the first 100 of `deadlock_count`), `timeouts` how many waits ended
-    in `sqlalchemy.exc.TimeoutError`, `longest_wait` seconds, `most_held_by_one` the most connections that
-    one task or thread had at once.
-
-    `waits` counts the requests for a connection by how long they waited, 0 where one was free and with a
-    connect at the end included, `holds` the connections that came back by how long they were checked out;
+    `deadlocks` has a `Verdict` for each deadlock that was proved (the first 100 of `deadlock_count`); each is
+    logged, too (`logging.getLogger("ormscope")`). `timeouts` is how many waits ended in
+    `sqlalchemy.exc.TimeoutError`, `longest_wait` seconds, `most_held_by_one` the most connections that one task or
+    thread had at once. `waits` counts the requests for a connection by how long they waited, 0 where one was free and
+    with a connect at the end included, `holds` the connections that came back by how long they were checked out;
     `opened` and `closed` are connections to the server.
+
+    What fails in a PoolScope costs the application nothing: it is logged, and the scope steps aside; `failure` then
+    says why, and every verdict is "unknown".
     """
 
-    def __init__(self, engine: AsyncEngine | Engine, name: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine | Engine,
+        name: str | None = None,
+        *,
+        loop: LoopScope | None = None,
+        samples: bool = False,
+    ) -> None:
         self.engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self.name = name or self.engine.pool.logging_name or "pool"
-        self.samples: deque[Sample] = deque(maxlen=_KEPT_SAMPLES)
+        self.loop = loop
         self.deadlocks: list[Verdict] = []
         self.deadlock_count = 0
-        self.waits = Durations()
-        self.holds = Durations()
-        self.checkouts = 0
-        self.opened = 0
-        self.closed = 0
-        self.timeouts = 0
-        self.served_after_wait = 0
-        self.longest_wait = 0.0
-        self.most_held_by_one = 0
-        self._holders: dict[ConnectionPoolEntry, Holder] = {}
-        self._waiters: dict[TaskOrThread, Waiter] = {}
-        self._waiting = 0  # of the waiters, those that do not connect yet
-        self._held_by: Counter[int] = Counter()  # connections checked out, by their owner's key
-        self._deadlock: Verdict | None = None
-        self._deadlock_seen: list[asyncio.Future[Verdict]] = []
-        self._check_due = False
-        self._checked_at = 0.0
-        self._loop_thread = 0
-        self._returned = 0  # connections that came back
-        self._returned_at = time.perf_counter()
-        self._connect_error: str | None = None  # of the last attempt to connect, where it failed
-        # Connections that were out before anybody looked, so that nobody knows whose they are.
-        self._unseen = self.checked_out
-        self._overtaken = 0  # connections taken past the queue since somebody in it was served
-        self._lock = threading.RLock()
-        self._class = type(self.engine.pool)
-        self.engine.pool.__class__ = _watched(self._class, self)
-        _make_queue(self.engine.pool)
-        self._listeners = {
-            **dict.fromkeys(_STATEMENT_EVENTS, self._executes),
-            "connect": self._opens,
-            "close": self._closes,
-            "close_detached": self._closes,
-        }
-        for name, listener in self._listeners.items():
-            event.listen(self.engine, name, listener)
-        _scopes.add(self)
+        self.failure: str | None = None
+        self.proof: Proof | None = None
+        self.lacking = internals.missing()
+        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return)
+        self._last: tuple[Proof, Verdict] | None = None
+        self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Verdict | None]]] = []
+        self._closed = False
+        self._lock = threading.Lock()
+        if "watching" in self.lacking:
+            self.failure = f"{self.lacking['watching']} is gone from SQLAlchemy"
+            logger.error("PoolScope %r watches nothing: %s", self.name, self.failure)
+            return
+        proof.scopes.add(self)
+        attach(self, self.engine)
 
     def close(self) -> None:
-        """Stop watching; the pool gets its own class back."""
-        if self in _scopes:
-            self.engine.pool.__class__ = self._class
-            for name, listener in self._listeners.items():
-                event.remove(self.engine, name, listener)
-            _scopes.discard(self)
+        """Stop watching; the engine is as it was."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        detach(self, self.engine)
+        proof.scopes.discard(self)
+        self.proof = self._last = None
+        with self.ledger.lock:
+            self.ledger.holders.clear()
+            self.ledger.waiters.clear()
+        self._tell(None)
+
+    # What has been seen.
 
     @property
     def pool(self) -> Pool:
@@ -162,10 +117,7 @@ class PoolScope:
     @property
     def capacity(self) -> int | None:
         """The most connections that can be checked out at once; None where there is no limit."""
-        pool = self.pool
-        if not isinstance(pool, QueuePool) or pool._max_overflow == -1:
-            return None
-        return pool.size() + pool._max_overflow
+        return internals.capacity_of(self.pool)
 
     @property
     def timeout(self) -> float | None:
@@ -179,386 +131,413 @@ class PoolScope:
     @property
     def checked_out(self) -> int:
         """Connections checked out, connect attempts in progress included, as the pool counts them."""
-        pool = self.pool
-        return pool.checkedout() if isinstance(pool, QueuePool) else len(self._holders)
+        return self.ledger.checked_out
 
     @property
     def holders(self) -> list[Holder]:
         """The connections that are checked out, oldest first."""
-        with self._lock:
-            return list(self._holders.values())
+        with self.ledger.lock:
+            return list(self.ledger.holders.values())
 
     @property
     def waiters(self) -> list[Waiter]:
         """Who is in the queue for a connection, oldest first."""
-        with self._lock:
-            return [one for one in self._waiters.values() if not one.connecting]
+        return self.ledger.queue(self.pool)
+
+    @property
+    def samples(self) -> deque[Sample]:
+        """The curve. Raises ValueError where the scope was made without `samples=True`."""
+        if self.ledger.samples is None:
+            raise ValueError(
+                "no samples were kept; make the scope with PoolScope(engine, samples=True)"
+            )
+        return self.ledger.samples
+
+    @property
+    def waits(self) -> Durations:
+        """The requests for a connection, by how long they waited."""
+        return self.ledger.counts.waits
+
+    @property
+    def holds(self) -> Durations:
+        """The connections that came back, by how long they were checked out."""
+        return self.ledger.counts.holds
+
+    @property
+    def checkouts(self) -> int:
+        """Connections handed out."""
+        return self.ledger.counts.checkouts
+
+    @property
+    def opened(self) -> int:
+        """Connections to the server that were opened."""
+        return self.ledger.counts.opened
+
+    @property
+    def closed(self) -> int:
+        """Connections to the server that were closed."""
+        return self.ledger.counts.closed
+
+    @property
+    def timeouts(self) -> int:
+        """Waits that ended in `sqlalchemy.exc.TimeoutError`."""
+        return self.ledger.counts.timeouts
+
+    @property
+    def connects_failed(self) -> int:
+        """Attempts to connect that failed; those that were cancelled are not among them."""
+        return self.ledger.counts.connects_failed
+
+    @property
+    def served_after_wait(self) -> int:
+        """Requests that got a connection after they had waited for one."""
+        return self.ledger.counts.served_after_wait
+
+    @property
+    def longest_wait(self) -> float:
+        """The longest wait that ended, in seconds."""
+        return self.ledger.counts.longest_wait
+
+    @property
+    def most_held_by_one(self) -> int:
+        """The most connections that one task or thread had at once."""
+        return self.ledger.counts.most_held_by_one
+
+    # What it means.
 
     def verdict(self) -> Verdict:
         """What the pool suffers from at this moment.
 
-        May be called from any thread; only another one can see that the event loop is blocked now.
+        May be called from any thread; only another one can see that the event loop is blocked now. A task whose wait
+        has just ended in a timeout, because of a deadlock, is told of that deadlock.
         """
-        return self._judge(self._is_stuck_now())
+        return self._verdict(thorough=True)
+
+    def _verdict(self, thorough: bool) -> Verdict:
+        """The verdict; only where it is to be `thorough` is a leak looked for that nobody suffers from yet."""
+        try:
+            if not self.failure and not self._closed:
+                told = self._broken_for(current())
+                if told is not None:
+                    return told
+                if self.ledger.waiters and "proof" not in self.lacking:
+                    proof.prove_now()
+            return judge(self._snapshot(thorough))
+        except Exception as error:
+            step_aside(self, error)
+            return judge(self._bare_snapshot())
+
+    def verdict_now(self) -> Verdict:
+        """The verdict, for who asks all the time: it finds a leak once somebody suffers from it, or after a second."""
+        return self._verdict(thorough=False)
 
     def cause(self) -> Cause:
-        """The verdict's cause, without the lines that explain it: cheap, for who asks all the time, from any thread."""
-        return self._judge(self._is_stuck_now(), report=False).cause
+        """The verdict's cause, for who asks all the time, from any thread."""
+        return self.verdict_now().cause
 
     def trouble(self, known: Collection[Cause]) -> Verdict | None:
-        """The verdict, if those who wait now wait for one of the TROUBLES that is not `known`; cheap where they do not.
+        """The verdict, if it is one of the TROUBLES that is not `known`; cheap where nobody waits.
 
         `deadlocks` has the deadlocks, and a leak is there at the end, too.
         """
-        if not self._waiting:
+        if not self.ledger.waiters and (self.loop is None or self.loop.lag() < _BLOCKED_SECONDS):
             return None
-        now = time.perf_counter()
-        suspected = (
-            self._overtaken > _UNFAIR_TURNS * (self.capacity or 0)
-            or self._blocked(now) is not None
-            or self._connect_error is not None
-            or any(self._elsewhere(one, now) is not None for one in self.holders)
-        )
-        wanted = set(TROUBLES) - set(known)
-        # A whole verdict looks at the stack of everybody who waits, and they may be thousands.
-        if not suspected or self.cause() not in wanted:
-            return None
-        verdict = self.verdict()
-        return verdict if verdict.cause in wanted else None
+        verdict = self.verdict_now()
+        return verdict if verdict.cause in set(TROUBLES) - set(known) else None
 
-    async def deadlock(self) -> Verdict:
-        """Wait until a deadlock of this pool is proved, and return it."""
-        if self._deadlock is not None:
-            return self._deadlock
-        seen: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._deadlock_seen.append(seen)
+    async def deadlock(self) -> Verdict | None:
+        """Wait until a deadlock of this pool is proved, among tasks or threads; None once the scope is closed."""
+        if self.proof is not None and not self.proof.timers and self.deadlocks:
+            return self.deadlocks[-1]
+        if self._closed or self.failure:
+            return None
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Future[Verdict | None] = loop.create_future()
+        entry = (loop, seen)
+        with self._lock:
+            self._awaiting.append(entry)
         try:
             return await seen
         finally:
-            self._deadlock_seen.remove(seen)
-
-    # What the watched pool reports.
-
-    def _waits(self, who: TaskOrThread, pool: Pool) -> None:
-        now = time.perf_counter()
-        with self._lock:
-            self._waiters[who] = Waiter(now)
-            self._waiting += 1
-            self._sample(now, pool)
-        self._check_soon(who)
-
-    def _connects(self, who: TaskOrThread, pool: Pool) -> None:
-        with self._lock:
-            waiter = self._waiters.get(who)
-            if waiter is not None and not waiter.connecting:
-                waiter.connecting = True
-                self._waiting -= 1
-            self._sample(time.perf_counter(), pool)
-
-    def _leaves(self, who: TaskOrThread, now: float) -> float | None:
-        """Take somebody out of the queue; return the seconds in it, None for who was not there."""
-        waiter = self._waiters.pop(who, None)
-        if waiter is None:
-            return None
-        self._waiting -= not waiter.connecting
-        waited = now - waiter.since
-        self.longest_wait = max(self.longest_wait, waited)
-        return waited
-
-    def _takes(self, who: TaskOrThread, record: ConnectionPoolEntry, pool: Pool) -> None:
-        now = time.perf_counter()
-        with self._lock:
-            waited = self._leaves(who, now)
-            if waited is not None:
-                self.served_after_wait += 1
-                self._overtaken = 0
-            elif self._waiting:
-                self._overtaken += 1
-            if record in self._holders:  # counted by the attempt within this one
-                return
-            self._connect_error = None
-            self.checkouts += 1
-            self.waits.add(waited or 0.0)
-            owner = Owner(who)
-            holder = Holder(owner, now, calling_places(_POOL_FRAMES), pool, owner, now)
-            self._holders[record] = record.info[self] = holder
-            self._held_by[owner.key] += 1
-            self.most_held_by_one = max(self.most_held_by_one, self._held_by[owner.key])
-            self._sample(now, pool)
-
-    def _gives_up(self, who: TaskOrThread, error: BaseException, pool: Pool) -> None:
-        now = time.perf_counter()
-        with self._lock:
-            self.timeouts += isinstance(error, PoolTimeoutError)
-            waiter = self._waiters.get(who)
-            waited = self._leaves(who, now)
-            could_not_connect = waiter is None or waiter.connecting
-            # A cancelled attempt harms only those in the queue, whom nobody wakes now.
-            if could_not_connect and (isinstance(error, Exception) or self._waiting):
-                lines = str(error).splitlines()
-                self._connect_error = ": ".join([outcome_of(error), *lines[:1]])
-            if waited is not None:
-                self.waits.add(waited)
-            self._sample(now, pool)
-
-    def _gives_back(self, record: ConnectionPoolEntry, pool: Pool) -> None:
-        now = time.perf_counter()
-        with self._lock:
-            holder = self._holders.pop(record, None)
-            if holder is not None:
-                self.holds.add(now - holder.since)
-                self._held_by[holder.owner.key] -= 1
-                if not self._held_by[holder.owner.key]:
-                    del self._held_by[holder.owner.key]
-            elif self._unseen:
-                self._unseen -= 1
-            self._deadlock = None  # a connection came back, so the circle is broken
-            self._returned += 1
-            self._returned_at = now
-            self._sample(now, pool)
-
-    def _opens(self, *about: Any) -> None:
-        with self._lock:
-            self.opened += 1
-
-    def _closes(self, *about: Any) -> None:
-        with self._lock:
-            self.closed += 1
-
-    def _executes(self, cursor: Any, statement: str, *rest: Any) -> None:
-        context: ExecutionContext = rest[-1]
-        try:
-            holder: Holder | None = context.root_connection.info.get(self)
-        except NotImplementedError:
-            return  # the dialect's first look at the server, before the pool hands the connection out
-        if holder is not None:
-            holder.last_sql, holder.last_used = statement, time.perf_counter()
-            who = current()
-            if holder.last_user.subject is not who:
-                holder.last_user = Owner(who)
-
-    def _sample(self, now: float, pool: Pool) -> None:
-        if pool is self.engine.pool:  # not one that `dispose()` has replaced
-            out = pool.checkedout() if isinstance(pool, QueuePool) else len(self._holders)
-            self.samples.append(Sample(now, out, self._waiting))
-
-    # The proof.
-
-    def _check_soon(self, who: TaskOrThread) -> None:
-        """Look for a deadlock once this step of the event loop is over: by then the asker sleeps."""
-        if isinstance(who, threading.Thread):
-            self._check()  # it goes to sleep right after this
-            return
-        loop = who.get_loop()
-        self._loop_thread = threading.get_ident()
-        if self._held_by[id(who)]:
-            loop.call_soon(self._check)
-        if not self._check_due:
-            # The circle may also close later, through a task that holds and falls asleep on another.
-            self._check_due = True
-            self._checked_at = time.perf_counter()
-            loop.call_later(_RECHECK_SECONDS, self._check_again, loop)
-
-    def _check_again(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._checked_at = time.perf_counter()
-        self._check()
-        self._check_due = bool(self._waiters)
-        if self._check_due:
-            loop.call_later(_RECHECK_SECONDS, self._check_again, loop)
-
-    def _check(self) -> None:
-        if self._deadlock is not None:
-            return
-        if self._is_stuck():
             with self._lock:
-                self._deadlock = self._judge(stuck=True)
-                self.deadlock_count += 1
-                if len(self.deadlocks) < _KEPT_DEADLOCKS:
-                    self.deadlocks.append(self._deadlock)
-            for seen in self._deadlock_seen:
-                if not seen.done():
-                    seen.set_result(self._deadlock)
+                if entry in self._awaiting:
+                    self._awaiting.remove(entry)
 
-    def _wakers(self) -> set[TaskOrThread] | None:
-        """Who can give a connection of this pool back; None when the pool can serve without them."""
-        pool, capacity = self.pool, self.capacity
-        holders = [one for one in self.holders if one.pool is pool]
-        if capacity is None or len(holders) < capacity:
-            return None
-        wakers: set[TaskOrThread] = set()
-        for holder in holders:
-            # The task that took the connection may have handed it on: either can give it back.
-            for owner in {holder.owner, holder.last_user}:
-                subject = owner.subject
-                if subject is None or not owner.alive:
-                    return None  # nobody owns it: a leak, which the garbage collector may end
-                wakers.add(subject)
-        return wakers
+    def proved(self, found: Proof) -> None:
+        """Called once for each proof that this pool is part of."""
+        verdict = judge(self._snapshot(thorough=False))
+        self._last = (found, verdict)
+        if found.timers:
+            return
+        self.deadlock_count += 1
+        if len(self.deadlocks) < _KEPT_DEADLOCKS:
+            self.deadlocks.append(verdict)
+        logger.error("%s", verdict)
+        self._tell(verdict)
 
-    def _is_stuck(self) -> bool:
-        """Whether somebody waits, and no owner of a connection can ever give one back."""
-        wakers = self._wakers()
-        if wakers is None or not self._waiters:
-            return False
-        scope_wakers = {scope: scope._wakers() for scope in list(_scopes)}
-
-        def pool_wakers(who: TaskOrThread) -> set[TaskOrThread] | None:
-            for scope, holders in scope_wakers.items():
-                waiter = scope._waiters.get(who)
-                if waiter is not None and holders is not None and not waiter.connecting:
-                    asleep = isinstance(who, threading.Thread) or awaited_future(who)
-                    return holders if asleep else None
-            return None
-
-        return waitgraph.are_stuck(wakers, pool_wakers)
-
-    def _is_stuck_now(self) -> bool:
-        """`_is_stuck`, asked from another thread perhaps.
-
-        Then the pool may move between the looks at two holders, and each be seen at a moment when it waits.
-        """
-        before = self._returned
-        return self._is_stuck() and self._returned == before
-
-    def _judge(self, stuck: bool, report: bool = True) -> Verdict:
-        """The verdict; without a `report` it lacks places and contenders, which take long to find."""
-        now = time.perf_counter()
+    def _tell(self, verdict: Verdict | None) -> None:
         with self._lock:
-            waiters = {who: one for who, one in self._waiters.items() if not one.connecting}
-            holders = list(self._holders.values())
-        waiting = {
-            who: Waiting(
-                name_of(who),
-                now - one.since,
-                tuple(map(place, self._standing(who))) if report else (),
-            )
-            for who, one in waiters.items()
-        }
-        everyone = {*waiters, *(one.owner.subject for one in holders if one.owner.subject)}
-        holding = []
-        for one in holders:
-            subject = one.owner.subject
-            chain = [] if subject is None else [subject, *_below(subject)]
-            asked = next((waiting[who] for who in chain if who in waiting), None)
-            holding.append(
-                Holding(
-                    owner=one.owner.name,
-                    age=now - one.since,
-                    places=tuple(map(place, one.frames)) if report else (),
-                    alive=one.owner.alive,
-                    waits=asked,
-                    elsewhere=self._elsewhere(one, now) if asked is None else None,
-                    last_sql=one.last_sql,
-                )
-            )
-        return judge(
+            awaiting, self._awaiting = self._awaiting, []
+        for loop, seen in awaiting:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_set, seen, verdict)
+
+    async def ask_server(self) -> ServerReport:
+        """Ask PostgreSQL, over a connection outside of the pool, who waits there for whom; it takes 5 s at most.
+
+        Finds a deadlock through a lock in the server, and who is blocked, slow, or idle in a transaction. Raises
+        nothing: the report says what could not be asked.
+        """
+        return await ask(self)
+
+    # What the ledger tells.
+
+    def _on_queue(self, waiter: Waiter) -> None:
+        if "proof" not in self.lacking:
+            proof.begin(waiter, self.ledger.holds(waiter.who))
+
+    def _on_return(self, pool: Pool) -> None:
+        found = self.proof
+        if found is not None and id(pool) in found.pools:
+            found.broken_at = time.perf_counter()  # a connection came back, so the circle is broken
+            for scope in list(proof.scopes):
+                if scope.proof is found:
+                    scope.proof = None
+
+    def _broken_for(self, who: TaskOrThread) -> Verdict | None:
+        """The deadlock that somebody was part of until a moment ago."""
+        if self._last is None:
+            return None
+        found, verdict = self._last
+        if found.broken_at is None:
+            return None
+        if time.perf_counter() - found.broken_at > _TOLD_SECONDS:
+            self._last = None
+            return None
+        if who not in found.members and who not in self.ledger.timed_out:
+            return None
+        # Whoever has got a connection since is concerned with something else.
+        since = any(
+            holder.owner.subject is who and holder.since > found.broken_at
+            for holder in self.holders
+        )
+        return None if since else verdict
+
+    # The snapshot.
+
+    def _bare_snapshot(self) -> Snapshot:
+        return Snapshot(
+            pool=self.name,
+            at=time.perf_counter(),
+            capacity=self.capacity,
+            checked_out=self.checked_out,
+            timeout=self.timeout,
+            holding=(),
+            waiting=(),
+            failure=self.failure or "",
+            lacking=self.lacking.get("proof", ""),
+        )
+
+    def _snapshot(self, thorough: bool) -> Snapshot:
+        if self.failure:
+            return self._bare_snapshot()
+        now, pool, ledger = time.perf_counter(), self.pool, self.ledger
+        queue = ledger.queue(pool)
+        self._look_for_orphans(now, thorough or bool(queue))
+        holding, behind = self._holding(now)
+        attempts = [
+            attempt for attempt in list(ledger.attempts) if now - attempt.time < _FAILING_SECONDS
+        ]
+        error = self._connect_error(now, bool(queue))
+        held: Counter[str] = Counter(holder.owner for holder in holding if holder.waits is not None)
+        found = self.proof
+        return Snapshot(
             pool=self.name,
             at=now,
             capacity=self.capacity,
             checked_out=self.checked_out,
             timeout=self.timeout,
-            holding=tuple(holding),
-            waiting=tuple(waiting.values()),
-            deadlock=stuck,
-            blocked=self._blocked(now),
-            overtaken=self._overtaken > _UNFAIR_TURNS * (self.capacity or 0),
-            connect_error=self._connect_error,
-            unseen=self._unseen,
-            still=self._is_still(now),
-            # A task and those that it awaits compete as one.
-            contenders=len(everyone - {below for who in everyone for below in _below(who)})
-            if report
-            else 0,
+            holding=holding,
+            waiting=_in_line(queue, now, self.name),
+            proved=found is not None and id(pool) in found.pools,
+            timers=found.timers if found is not None else (),
+            blocked=self._blocked(now, queue),
+            overtaken=self._is_overtaken(now, queue),
+            threads=bool(queue) and not isinstance(queue[0].who, asyncio.Task),
+            moved=ledger.last_movement > ledger.waiting_began
+            and now - ledger.last_movement < _MOVING_SECONDS,
+            still=bool(queue)
+            and now - max(ledger.last_movement, ledger.waiting_began) > _STILL_SECONDS,
+            connect_error=None if error is None else error.error,
+            attempts=len(attempts),
+            failed=sum(bool(attempt.error) for attempt in attempts),
+            cancelled=error is not None and error.cancelled,
+            connecting=sum(waiter.connecting for waiter in list(ledger.waiters.values())),
+            unseen=ledger.unseen,
+            replaced=sum(holder.pool is not pool for holder in self.holders)
+            + sum(waiter.pool is not pool for waiter in list(ledger.waiters.values())),
+            tasks=self._contenders(queue, behind),
+            depth=max(held.values(), default=0) + 1,
+            lacking=self.lacking.get("proof", ""),
         )
 
-    def _standing(self, who: TaskOrThread) -> tuple[RawPlace, ...]:
-        """Where somebody stands in the queue; on the loop itself, if a synchronous pool makes it wait there."""
-        return sleeping_places(who) or running_places(self._loop_thread)
+    def _holding(self, now: float) -> tuple[tuple[Holding, ...], set[TaskOrThread]]:
+        """The holders of the present pool, and the tasks that somebody else who competes awaits."""
+        ledger, queued = self.ledger, _queued_anywhere()
+        holders = ledger.held(self.pool)
+        below: set[TaskOrThread] = set()
+        holding = []
+        for holder in holders:
+            subjects = proof.live_users(holder)
+            waits = None
+            activities: list[Activity] = []
+            for subject in subjects:
+                children = waitgraph.below(subject)
+                below |= children
+                entry = next((queued[who] for who in (subject, *children) if who in queued), None)
+                if entry is not None:
+                    waits = waits or _waiting(entry[1], now, entry[0])
+                elif holder.statements:
+                    activities.append(Activity("database"))
+                else:
+                    activities.append(activity_of(subject, self.engine.dialect))
+            activity = min(activities, key=lambda found: _ORDER.index(found.doing), default=None)
+            if activity is not None and not self._is_long_since(holder, now):
+                activity = Activity("running") if activity.doing == "elsewhere" else activity
+            is_stuck = self.proof is not None or activity is None
+            holding.append(
+                Holding(
+                    owner=holder.owner.name,
+                    age=now - holder.since,
+                    places=places(holder.frames),
+                    alive=not holder.is_lost,
+                    waits=waits if is_stuck else None,
+                    activity=activity,
+                    last_sql=holder.last_sql,
+                    kept_by=holder.kept_by,
+                )
+            )
+        return tuple(holding), below
 
-    def _is_still(self, now: float) -> bool:
-        """Whether somebody waits, and no connection has come back for long."""
-        since = max((one.since for one in self.waiters[:1]), default=now)
-        return now - max(since, self._returned_at) > _STILL_SECONDS
+    def _look_for_orphans(self, now: float, thorough: bool) -> None:
+        """Find out who has the connections whose takers have ended, or are threads without work."""
+        orphans = []
+        for holder in self.ledger.held(self.pool):
+            if holder.statements or not (thorough or now - holder.last_used > _IDLE_SECONDS):
+                continue
+            is_sure = holder.users is not None and not holder.is_moving
+            if is_sure and now - holder.looked_at < (
+                _LOST_SECONDS if holder.is_lost else _FOREIGN_SECONDS
+            ):
+                continue
+            if all(
+                not isinstance(subject, asyncio.Task)
+                and activity_of(subject, self.engine.dialect).doing == "idle"
+                for subject in proof.live_users(holder)
+            ):
+                orphans.append(holder)
+        if orphans:
+            proof.look_for_users(orphans)
 
-    def _late(self, now: float) -> float:
-        """How long ago the event loop should have come round, in seconds; 0 where nobody waits on it."""
-        return now - self._checked_at if self._check_due else 0.0
-
-    def _blocked(self, now: float) -> Place | None:
-        """Where the event loop is blocked, if somebody waits and the loop has not come round for long."""
-        if self._late(now) < _BLOCKED_SECONDS:
-            return None
-        return next(map(place, running_places(self._loop_thread)), NOWHERE)
-
-    def _elsewhere(self, holder: Holder, now: float) -> Place | None:
-        """Where the last user of a connection waits, long since, for something that is not the database."""
-        subject = holder.last_user.subject
+    def _is_long_since(self, holder: Holder, now: float) -> bool:
         # A loop that does not come round may be why it still waits.
-        late = max(self._late(now) - _RECHECK_SECONDS, 0.0)
-        if subject is None or now - late - holder.last_used < _FOREIGN_SECONDS:
-            return None
-        return foreign_place(subject)
+        subject = holder.last_user.subject
+        late = watch_of(subject.get_loop()).late(now) if isinstance(subject, asyncio.Task) else 0.0
+        return now - late - holder.last_used >= _FOREIGN_SECONDS
+
+    def _contenders(self, queue: list[Waiter], below: set[TaskOrThread]) -> int:
+        """How many compete for the pool; a task and those that it awaits compete as one."""
+        everyone: set[TaskOrThread] = {waiter.who for waiter in queue}
+        for holder in self.ledger.held(self.pool):
+            everyone |= proof.live_users(holder)
+        return len(everyone - below)
+
+    def _is_overtaken(self, now: float, queue: list[Waiter]) -> bool:
+        ledger = self.ledger
+        return (
+            bool(queue)
+            and ledger.overtaken > _UNFAIR_TURNS * (self.capacity or 0)
+            and now - ledger.overtaken_at < _UNFAIR_SECONDS
+        )
+
+    def _connect_error(self, now: float, waited_for: bool) -> Attempt | None:
+        """The last attempt to connect that failed, if they fail now; one that went well in between is no cure."""
+        attempts = list(self.ledger.attempts)
+        lately = [attempt for attempt in attempts if now - attempt.time < _FAILING_SECONDS]
+        failed = [attempt for attempt in attempts if attempt.error and not attempt.cancelled]
+        if failed and (
+            (attempts[-1] is failed[-1] and (waited_for or now - failed[-1].time < _KNOWN_SECONDS))
+            or 2 * sum(attempt in lately for attempt in failed) >= max(len(lately), 1)
+        ):
+            return failed[-1]
+        cancelled = [attempt for attempt in attempts if attempt.cancelled]
+        # Whoever is cancelled while connecting wakes nobody, though there is room again.
+        has_room = self.capacity is not None and self.checked_out < self.capacity
+        return cancelled[-1] if cancelled and waited_for and has_room else None
+
+    def _blocked(self, now: float, queue: list[Waiter]) -> Place | None:
+        """Where the event loop is blocked, seen from another thread."""
+        loops = {waiter.who.get_loop() for waiter in queue if isinstance(waiter.who, asyncio.Task)}
+        for loop in loops:
+            watch = watch_of(loop)
+            if watch.late(now) >= _BLOCKED_SECONDS and (found := _stands_at(loop, watch.thread)):
+                return found
+        if self.loop is not None and self.loop.lag() >= _BLOCKED_SECONDS:
+            return _stands_at(self.loop.event_loop, self.loop.thread)
+        return None
 
 
-def _below(task: TaskOrThread) -> set[TaskOrThread]:
-    """The tasks that a task awaits, and those that they await; none for a thread."""
-    unseen: list[TaskOrThread] = [task]
-    seen: set[TaskOrThread] = set()
-    while unseen:
-        one = unseen.pop()
-        children = waitgraph.awaited_tasks(one) if isinstance(one, asyncio.Task) else set()
-        unseen.extend(children - seen)
-        seen |= children
-    return seen
+_ORDER = ("running", "database", "elsewhere", "idle")
 
 
-def _watched(base: type[Any], scope: PoolScope) -> type[Any]:
-    """A subclass of a pool's class that tells `scope` what happens to it."""
-
-    class Watched(base):  # type: ignore[misc]
-        def recreate(self) -> Any:
-            pool = super().recreate()
-            _make_queue(pool)
-            return pool
-
-        def _do_get(self) -> ConnectionPoolEntry:
-            who = current()
-            if who in scope._waiters:  # SQLAlchemy's second attempt within one request
-                return super()._do_get()  # type: ignore[no-any-return]
-            if _must_wait(self):
-                scope._waits(who, self)
-            try:
-                record: ConnectionPoolEntry = super()._do_get()
-            except BaseException as error:
-                scope._gives_up(who, error, self)
-                raise
-            scope._takes(who, record, self)
-            return record
-
-        def _create_connection(self) -> ConnectionPoolEntry:
-            scope._connects(current(), self)
-            return super()._create_connection()  # type: ignore[no-any-return]
-
-        def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-            try:
-                super()._do_return_conn(record)
-            finally:
-                scope._gives_back(record, self)
-
-    return Watched
+def _set(seen: asyncio.Future[Verdict | None], verdict: Verdict | None) -> None:
+    if not seen.done():
+        seen.set_result(verdict)
 
 
-def _make_queue(pool: Any) -> None:
-    """Have an asynchronous pool make its queue now: at the first look at it, two threads might make one each."""
-    if isinstance(pool, QueuePool):
-        pool.checkedin()
+def _stands_at(loop: asyncio.AbstractEventLoop, thread: int) -> Place | None:
+    """Where a loop's thread stands; None if it moves, or if it is the one that asks."""
+    if thread == threading.get_ident():
+        return None
+    seen: set[object] = set()
+    for number in range(_BLOCKED_LOOKS):
+        if number:
+            time.sleep(0.005)
+        # Thousands of tasks that each do a little keep a loop busy, but do not block it.
+        seen.add(_step_of(loop, thread))
+    return next(map(place, running_places(thread)), NOWHERE) if len(seen) == 1 else None
 
 
-def _must_wait(pool: Any) -> bool:
-    """Whether a request finds neither an idle connection nor room for another."""
-    return (
-        isinstance(pool, QueuePool)
-        and pool._max_overflow > -1
-        and pool._overflow >= pool._max_overflow
-        and pool._pool.empty()
-    )
+def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
+    """What tells one step of a loop from another: its task, or else the frame of its callback."""
+    task = asyncio.current_task(loop)
+    if task is not None:
+        return id(task)
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code is not internals.LOOP_STEP:
+        frame = frame.f_back
+    return id(frame)
+
+
+def _queued_anywhere() -> dict[TaskOrThread, tuple[str, Waiter]]:
+    """Who stands in the queue of any watched engine, and the name of its scope."""
+    now = time.perf_counter()
+    return {
+        who: (scope.name, waiter)
+        for scope in list(proof.scopes)
+        for who, waiter in list(scope.ledger.waiters.items())
+        if waiter.waits(now)
+    }
+
+
+def _waiting(waiter: Waiter, now: float, pool: str) -> Waiting:
+    return Waiting(name_of(waiter.who), now - waiter.since, places(waiter.frames), pool)
+
+
+def _in_line(queue: list[Waiter], now: float, pool: str) -> tuple[Waiting, ...]:
+    """An entry for each, the same for all at the same lines: they may be thousands, and the verdict be kept."""
+    entries: dict[tuple[RawPlace, ...], Waiting] = {}
+    for waiter in queue:  # oldest first
+        if waiter.frames not in entries:
+            entries[waiter.frames] = _waiting(waiter, now, pool)
+    return tuple(entries[waiter.frames] for waiter in queue)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ormscope.ledger import Sample
 from ormscope.memory import MemorySample
-from ormscope.pool import Sample
 from ormscope.storm import Request
 from ormscope.verdict import Verdict
 

@@ -11,7 +11,8 @@ import gc
 import inspect
 import sys
 import threading
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from collections.abc import Iterator
+from types import AsyncGeneratorType, CellType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
 import greenlet
@@ -24,12 +25,6 @@ _FRAME = ("cr_frame", "gi_frame", "ag_frame")
 _AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
 
 
-def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
-    """The future that a suspended task sleeps on; None when it is about to run."""
-    future: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
-    return None if future is None or future.done() else future
-
-
 def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
     """The frames in which a task or thread sleeps, outermost first.
 
@@ -38,18 +33,34 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
     if not isinstance(subject, asyncio.Task):
         return thread_frames(subject.ident or 0)
     frames: list[FrameType] = []
-    step: Any = subject.get_coro()
-    while step is not None:
-        frame = _first(step, _FRAME)
-        if frame is not None:
-            frames.append(frame)
-            if frame.f_code is greenlet_spawn.__code__:
-                # SQLAlchemy runs its synchronous code, and the user's that it calls, on a stack of its own.
-                # Asked from another thread, the task may have woken and gone on meanwhile.
-                context = locals_of(frame).get("context")
-                frames += _down_from(context.gr_frame if context is not None else None)
-        step = _awaited(step)
+    for _, frame in steps_of(subject):
+        frames.append(frame)
+        frames += greenlet_frames(frame)
     return frames
+
+
+def steps_of(task: asyncio.Task[Any]) -> list[tuple[Any, FrameType]]:
+    """The coroutines and generators of which each awaits the next, with their frames, outermost first."""
+    steps: list[tuple[Any, FrameType]] = []
+    step: Any = task.get_coro()
+    while step is not None:
+        frame = frame_of(step)
+        if frame is not None:
+            steps.append((step, frame))
+        step = awaited_step(step)
+    return steps
+
+
+def greenlet_frames(frame: FrameType) -> list[FrameType]:
+    """The frames of the greenlet that SQLAlchemy runs from this one, outermost first; none for other frames.
+
+    SQLAlchemy runs its synchronous code, and the user's that it calls, on a stack of its own.
+    """
+    if frame.f_code is not greenlet_spawn.__code__:
+        return []
+    # Asked from another thread, the task may have woken and gone on meanwhile.
+    context = locals_of(frame).get("context")
+    return _down_from(context.gr_frame if context is not None else None)
 
 
 def thread_frames(thread: int) -> list[FrameType]:
@@ -82,23 +93,77 @@ def _caller() -> FrameType | None:
 
 
 def locals_of(frame: FrameType) -> dict[str, Any]:
-    """A copy of a frame's local variables.
+    """A copy of a frame's local variables, made without a trace in the program.
 
-    Before Python 3.13 a frame keeps the dict that `f_locals` makes, and so all that was in it, until it ends.
+    Before Python 3.13 a function's frame has one dict for `f_locals`, which `locals()`, debuggers and loggers hand out:
+    to read that attribute writes into what they keep. So the variables are read where the frame itself has them.
     """
-    found = frame.f_locals
-    copy = dict(found)
-    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        found.clear()
-    return copy
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        # Of a module or a class: what it defines. A metaclass may give a mapping that is the user's code.
+        names = frame.f_locals
+        return dict(dict.items(names)) if type.__subclasscheck__(dict, type(names)) else {}
+    return dict(frame.f_locals if sys.version_info >= (3, 13) else _variables_in(frame))
 
 
-def _awaited(step: Any) -> Any:
+if sys.version_info < (3, 13):
+    import ctypes
+
+    class _Frame(ctypes.Structure):
+        """The beginning of a frame object, which in 3.11 and 3.12 points to where the interpreter has its variables."""
+
+        _fields_ = (
+            ("head", ctypes.c_byte * object.__basicsize__),
+            ("back", ctypes.c_void_p),
+            ("interpreters", ctypes.POINTER(ctypes.py_object)),
+        )
+
+    def _words_before_variables() -> int | None:
+        """At which word of the interpreter's frame its variables begin: looked up where the answer is known."""
+        known = object()
+        frame = sys._getframe()
+        pointer = ctypes.POINTER(ctypes.c_size_t)
+        words = ctypes.cast(_Frame.from_address(id(frame)).interpreters, pointer)
+        del frame  # else it would hold itself
+        # Not in a generator expression: what that shares with its function is no longer in the frame itself.
+        for at in range(5, 16):
+            if words[at] == id(known):
+                return at
+        return None
+
+    _BEFORE_VARIABLES = _words_before_variables()
+
+    def _variables_in(frame: FrameType) -> Iterator[tuple[str, Any]]:
+        """The names and values of a function's variables, those of the functions around it included."""
+        if _BEFORE_VARIABLES is None:
+            return  # an interpreter that is laid out in another way: no names are better than wrong ones
+        code = frame.f_code
+        shared = {*code.co_cellvars, *code.co_freevars}
+        own = code.co_varnames
+        cells = (name for name in code.co_cellvars if name not in own)
+        interpreters = _Frame.from_address(id(frame)).interpreters
+        for at, name in enumerate((*own, *cells, *code.co_freevars), _BEFORE_VARIABLES):
+            try:
+                # One instruction follows the pointer and takes a reference: a thread may end its call in between two.
+                value = interpreters[at]
+                if name in shared and type(value) is CellType:
+                    value = value.cell_contents
+            except ValueError:
+                continue  # it has no value now
+            yield name, value
+
+
+def awaited_step(step: Any) -> Any:
     """The coroutine or generator that another one awaits; None at the end of the chain."""
     if isinstance(step, _STEPS):
         return _first(step, _AWAITED)
     # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
     return next((one for one in gc.get_referents(step) if isinstance(one, _STEPS)), None)
+
+
+def frame_of(step: Any) -> FrameType | None:
+    """The frame of a coroutine or generator; None once it has ended."""
+    frame: FrameType | None = _first(step, _FRAME)
+    return frame
 
 
 def _first(step: Any, names: tuple[str, ...]) -> Any:

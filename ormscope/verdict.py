@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from ormscope.activity import Activity
 from ormscope.places import NOWHERE, Place
 
 Cause = Literal[
-    "healthy", "saturated", "deadlock", "leaked", "loop blocked", "unfair",
+    "healthy", "saturated", "deadlock", "deadlock until a timer", "leaked", "loop blocked", "unfair",
     "held across a foreign await", "connects failing", "unknown",
 ]  # fmt: skip
 
 # What can pass before the run ends, so that the last verdict would not tell.
 TROUBLES: tuple[Cause, ...] = (
+    "deadlock until a timer",
     "loop blocked",
     "unfair",
     "held across a foreign await",
@@ -25,19 +27,25 @@ TROUBLES: tuple[Cause, ...] = (
 
 @dataclass(frozen=True)
 class Waiting:
-    """Somebody in the queue for a connection: `age` seconds so far, user frames innermost first."""
+    """Somebody in the queue of `pool`, user frames innermost first.
+
+    All that stand at the same lines share one entry; `owner` and `age` are those of the first: its name, and how long
+    it has been waiting, in seconds.
+    """
 
     owner: str
     age: float
     places: tuple[Place, ...]
+    pool: str
 
 
 @dataclass(frozen=True)
 class Holding:
     """Somebody who holds a connection: `age` seconds so far, user frames innermost first.
 
-    `waits` is the queue entry that the holder sits behind, by itself or through tasks that it awaits;
-    `elsewhere` the line where it waits for something that is not the database.
+    `alive` is false where nobody is left who could give it back. `waits` is the queue entry that it sits behind, by
+    itself or through tasks that it awaits, in this pool or another; `activity` what else its user does, None where
+    that is not known. `kept_by` tells what keeps the connection, where no running function does.
     """
 
     owner: str
@@ -45,18 +53,32 @@ class Holding:
     places: tuple[Place, ...]
     alive: bool
     waits: Waiting | None
-    elsewhere: Place | None
+    activity: Activity | None
     last_sql: str | None
+    kept_by: str = ""
+
+    @property
+    def elsewhere(self) -> Place | None:
+        """The line where it waits for something that is not the database, long since; None where it does not."""
+        activity = self.activity
+        return activity.place if activity is not None and activity.doing == "elsewhere" else None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a pool suffers from. `at` is in seconds on the clock of whoever asked; `str()` is the report.
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A pool at one moment, as far as a PoolScope knows it. `at` is in seconds on the clock of whoever asked.
 
-    The report names counts, places and formula, no times, so that it reads the same in every run.
+    `waiting` are those in line, those that hold a connection included. `proved` is whether
+    a deadlock is, `timers` are the lines of the time limits that end it, `until` how it ends otherwise. `blocked` is
+    where the event loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
+    they are threads. `moved` is whether a connection came back or was handed out a moment ago, `still` whether none
+    has for long. `connect_error` is how the last attempts to connect failed, of which `attempts` were made in the last
+    seconds and `failed` failed; `cancelled` whether that was by a cancellation. `connecting` are attempts in progress,
+    `unseen` the connections that were out before anybody looked, `replaced` those who hold or wait in pools that
+    `dispose()` has replaced. `tasks` compete for the pool, of which one holds up to `depth` - 1 connections and asks
+    for another. `failure` is why the instrument has stepped aside, `lacking` what it cannot see here.
     """
 
-    cause: Cause
     pool: str
     at: float
     capacity: int | None
@@ -64,80 +86,73 @@ class Verdict:
     timeout: float | None
     holding: tuple[Holding, ...]
     waiting: tuple[Waiting, ...]
-    blocked: Place | None
-    connect_error: str | None
-    unseen: int
-    tasks: int
-    depth: int
+    proved: bool = False
+    timers: tuple[Place, ...] = ()
+    blocked: Place | None = None
+    overtaken: bool = False
+    threads: bool = False
+    moved: bool = False
+    still: bool = False
+    connect_error: str | None = None
+    attempts: int = 0
+    failed: int = 0
+    cancelled: bool = False
+    connecting: int = 0
+    unseen: int = 0
+    replaced: int = 0
+    tasks: int = 0
+    depth: int = 1
+    failure: str = ""
+    lacking: str = ""
 
     @property
     def needed(self) -> int:
-        """Connections that make hold-and-wait harmless: tasks × (depth - 1) + 1 (HikariCP, "About Pool Sizing")."""
+        """Connections that make hold-and-wait harmless at the `depth` that was seen: tasks × (depth - 1) + 1.
+
+        HikariCP, "About Pool Sizing". Whoever goes deeper later needs more.
+        """
         return self.tasks * (self.depth - 1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Snapshot):
+    """What a pool suffers from; `str()` is the report.
+
+    The report names counts, places and formula, no times, so that it reads the same in every run.
+    """
+
+    cause: Cause
 
     def __str__(self) -> str:
         return "\n".join(_REPORTS[self.cause](self))
 
 
-def judge(
-    *,
-    pool: str,
-    at: float,
-    capacity: int | None,
-    checked_out: int,
-    timeout: float | None,
-    holding: tuple[Holding, ...],
-    waiting: tuple[Waiting, ...],
-    deadlock: bool,
-    blocked: Place | None,
-    overtaken: bool,
-    connect_error: str | None,
-    unseen: int,
-    still: bool,
-    contenders: int,
-) -> Verdict:
-    """The verdict on a pool at one moment.
+def judge(snapshot: Snapshot) -> Verdict:
+    """The verdict on a pool at one moment."""
+    known = {field.name: getattr(snapshot, field.name) for field in fields(Snapshot)}
+    return Verdict(cause=_cause(snapshot), **known)
 
-    `blocked` is where the event loop is blocked, `overtaken` whether those in the queue are passed again and
-    again, `connect_error` how the last attempt to connect failed, `unseen` how many connections were out before
-    anybody looked, `still` whether none has come back for long, and `contenders` are the tasks that compete for
-    the pool.
-    """
-    cause: Cause
-    if deadlock:
-        cause = "deadlock"
-    elif any(not one.alive for one in holding):
-        cause = "leaked"
-    elif waiting and blocked is not None:
-        cause = "loop blocked"
-    elif waiting and overtaken:
-        cause = "unfair"
-    elif waiting and 2 * sum(one.elsewhere is not None for one in holding) > len(holding):
-        cause = "held across a foreign await"
-    elif connect_error is not None:
-        cause = "connects failing"
-    elif waiting and (unseen or still):
-        cause = "unknown"
-    elif waiting:
-        cause = "saturated"
-    else:
-        cause = "healthy"
-    held = Counter(one.owner for one in holding if one.waits is not None)
-    return Verdict(
-        cause=cause,
-        pool=pool,
-        at=at,
-        capacity=capacity,
-        checked_out=checked_out,
-        timeout=timeout,
-        holding=holding,
-        waiting=waiting,
-        blocked=blocked,
-        connect_error=connect_error,
-        unseen=unseen,
-        tasks=contenders,
-        depth=max(held.values(), default=0) + 1,
-    )
+
+def _cause(pool: Snapshot) -> Cause:
+    waiting = bool(pool.waiting)
+    elsewhere = sum(holding.elsewhere is not None for holding in pool.holding)
+    if pool.failure:
+        return "unknown"
+    if pool.proved:
+        return "deadlock until a timer" if pool.timers else "deadlock"
+    if any(not holding.alive for holding in pool.holding):
+        return "leaked"
+    if pool.blocked is not None:
+        return "loop blocked"
+    if waiting and pool.overtaken:
+        return "unfair"
+    if waiting and 2 * elsewhere > len(pool.holding):
+        return "held across a foreign await"
+    if pool.connect_error is not None:
+        return "connects failing"
+    if waiting and (pool.unseen or pool.still):
+        return "unknown"
+    return "saturated" if waiting else "healthy"
 
 
 def _out_of(verdict: Verdict) -> str:
@@ -145,93 +160,203 @@ def _out_of(verdict: Verdict) -> str:
     return f"{verdict.checked_out} of {limit} checked out, {len(verdict.waiting)} waiting"
 
 
-def _grouped(places: Iterable[Place]) -> list[str]:
+def _block(title: str, places: Iterable[Place] | Counter[Place]) -> list[str]:
     """One line for each place, the most frequent first, with how many stand there."""
     counts = Counter(places)
     width = len(str(max(counts.values(), default=0)))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [
-        f"{count:>{width}} at {one}"
-        for one, count in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
+        f"  {title if number == 0 else '':<9} {count:>{width}} at {place}"
+        for number, (place, count) in enumerate(ordered)
     ]
-
-
-def _block(title: str, places: Iterable[Place]) -> list[str]:
-    lines = _grouped(places)
-    return [f"  {title if number == 0 else '':<9} {line}" for number, line in enumerate(lines)]
 
 
 def _innermost(places: tuple[Place, ...]) -> Place:
     return places[0] if places else NOWHERE
 
 
+def _held(holding: Iterable[Holding]) -> list[str]:
+    return _block("held", (_innermost(holder.places) for holder in holding))
+
+
+def _in_line(waiting: Iterable[Waiting]) -> list[str]:
+    return _block("in line", (_innermost(waiter.places) for waiter in waiting))
+
+
 def _deadlock_report(verdict: Verdict) -> list[str]:
-    stuck = [one for one in verdict.holding if one.waits is not None]
-    behind = [one.waits for one in stuck if one.waits is not None]
-    queue = [one for one in verdict.waiting if one not in behind]
-    holds, asks = _innermost(stuck[0].places), _innermost(behind[0].places)
-    ends = (
-        "never: pool_timeout is None"
-        if verdict.timeout is None
-        else f"when pool_timeout ({verdict.timeout:g} s) makes a waiter give up, and not before"
-    )
+    stuck = [holder for holder in verdict.holding if holder.waits is not None]
+    asked = [holder.waits for holder in stuck if holder.waits is not None]
+    others = sorted({waits.pool for waits in asked} - {verdict.pool})
+    behind = Counter(_innermost(waits.places) for waits in asked if waits.pool == verdict.pool)
+    queue = Counter(_innermost(waiter.places) for waiter in verdict.waiting) - behind
+    if not stuck:
+        why = "Whoever could give a connection back waits for another one."
+    elif others:
+        names = " and ".join(others)
+        why = f"Every connection is held by a task that waits for a connection of {names}, where it is the same."
+    else:
+        why = (
+            "Every connection is held by a task that waits for another connection of the same pool."
+        )
+    name = "DEADLOCK" if verdict.cause == "deadlock" else "DEADLOCK UNTIL A TIMER"
     return [
-        f"DEADLOCK in {verdict.pool} (hold-and-wait): {_out_of(verdict)}",
-        "Every connection is held by a task that waits for another connection of the same pool.",
-        *_block("held", (_innermost(one.places) for one in stuck)),
-        *_block("they ask", (_innermost(one.places) for one in behind)),
-        *_block("in line", (_innermost(one.places) for one in queue)),
-        f"  {'ends':<9} {ends}",
-        f"  {'formula':<9} {verdict.tasks} tasks × ({verdict.depth} - 1) + 1 = {verdict.needed} connections"
-        f" would be enough; there are {verdict.capacity}",
-        f"  {'fix':<9} {_smallest_fix(holds, asks)}",
+        f"{name} in {verdict.pool} (hold-and-wait): {_out_of(verdict)}",
+        why,
+        *_held(stuck),
+        *_asked(asked, verdict.pool),
+        *_block("in line", queue),
+        f"  {'ends':<9} {_end(verdict)}",
+        *_formula(verdict, bool(others)),
+        f"  {'fix':<9} {_smallest_fix(verdict, stuck, others)}",
     ]
 
 
-def _smallest_fix(holds: Place, asks: Place) -> str:
+def _asked(asked: list[Waiting], pool: str) -> list[str]:
+    lines = []
+    for name in sorted({waits.pool for waits in asked}, key=lambda name: (name != pool, name)):
+        title = "they ask" if name == pool else f"ask {name}"
+        lines += _block(title, (_innermost(w.places) for w in asked if w.pool == name))
+    return lines
+
+
+def _end(verdict: Verdict) -> str:
+    if verdict.timers:
+        places = " and ".join(place.short for place in sorted(set(verdict.timers))[:3])
+        return f"when a time limit in {places} ends it, or pool_timeout, whichever comes first"
+    if verdict.timeout is None:
+        return "never: pool_timeout is None"
+    return f"when pool_timeout ({verdict.timeout:g} s) makes a waiter give up, and not before"
+
+
+def _formula(verdict: Verdict, several_pools: bool) -> list[str]:
+    if several_pools or verdict.depth < 2:
+        return []
+    tasks, depth = verdict.tasks, verdict.depth
+    if _takes_one_after_another(verdict):
+        return [
+            f"  {'formula':<9} none: one task takes a connection after another, and no number is enough for more"
+        ]
+    deeper = tasks * depth + 1
+    return [
+        f"  {'formula':<9} {tasks} tasks × ({depth} - 1) + 1 = {verdict.needed} connections would be enough,"
+        f" or {deeper} if one asks for {depth + 1} at once; there are {verdict.capacity}"
+    ]
+
+
+def _takes_one_after_another(verdict: Verdict) -> bool:
+    """Whether somebody holds several connections that were all taken at the line where it asks for the next."""
+    taken: dict[str, set[tuple[Place, ...]]] = {}
+    for holder in verdict.holding:
+        taken.setdefault(holder.owner, set()).add(holder.places)
+    held = Counter(holder.owner for holder in verdict.holding)
+    # Not one that goes deeper each time, as a recursion does: there each stands behind more calls.
+    return any(
+        held[holder.owner] > 1 and taken[holder.owner] == {holder.waits.places}
+        for holder in verdict.holding
+        if holder.waits is not None
+    )
+
+
+def _smallest_fix(verdict: Verdict, stuck: list[Holding], others: list[str]) -> str:
+    if others:
+        names = ", ".join([verdict.pool, *others])
+        return f"take connections of {names} in one order everywhere, or use one pool for all of it"
+    if not stuck or stuck[0].waits is None:
+        return "let whoever holds a connection finish with it before anybody whom it waits for asks for one"
+    holds, asks = _innermost(stuck[0].places), _innermost(stuck[0].waits.places)
+    if _takes_one_after_another(verdict):
+        return f"{asks.short}: give each connection back before the next is taken"
     if holds.function == asks.function:
         return f"{holds.function}: use the connection it holds (line {holds.line}) also at line {asks.line}"
     return f"hand the session that {holds.function} holds on to {asks.function}, or finish with it first"
 
 
 def _leaked_report(verdict: Verdict) -> list[str]:
-    lost = [one for one in verdict.holding if not one.alive]
+    lost = [holder for holder in verdict.holding if not holder.alive]
+    kept = sorted({holder.kept_by for holder in lost if holder.kept_by})
     return [
         f"LEAKED in {verdict.pool}: {_out_of(verdict)}",
         f"{len(lost)} checked out by tasks that have ended; nobody is left to give them back.",
-        *_block("taken", (_innermost(one.places) for one in lost)),
+        *_block("taken", (_innermost(holder.places) for holder in lost)),
+        *(f"  {'kept by':<9} {what}" for what in kept),
         f"  {'fix':<9} close the session in the task that opened it (async with, or remove() for a scoped session)",
     ]
 
 
+def _elsewhere(verdict: Verdict, title: str = "elsewhere") -> list[str]:
+    """Who waits for something that is not the database, and for what, as far as it can be seen."""
+    lines: list[str] = []
+    waits: Counter[tuple[Place, str, str]] = Counter()
+    for holder in verdict.holding:
+        activity = holder.activity
+        if activity is not None and activity.doing == "elsewhere":
+            waits[activity.place, activity.what, activity.owner] += 1
+    for number, ((place, what, owner), count) in enumerate(
+        sorted(waits.items(), key=lambda item: (-item[1], item[0]))
+    ):
+        for_what = f", for {what}" if what else ""
+        by_whom = f" that {owner} has" if owner else ""
+        lines.append(
+            f"  {title if number == 0 else '':<9} {count} in {place.short}{for_what}{by_whom}"
+        )
+    return lines
+
+
+def _known(verdict: Verdict) -> list[str]:
+    """What holders do, where that says more than that the database works."""
+    doing = Counter(holder.activity.doing for holder in verdict.holding if holder.activity)
+    elsewhere = Counter(holder.waits.pool for holder in verdict.holding if holder.waits is not None)
+    lines = _elsewhere(verdict)
+    for pool, count in sorted(elsewhere.items()):
+        lines.append(
+            f"  {'ask too':<9} {count} of the holders are in line for a connection of {pool}"
+        )
+    if doing["database"] and (lines or doing["database"] < len(verdict.holding)):
+        lines.append(f"  {'database':<9} {doing['database']} wait for the database")
+    if verdict.connecting:
+        lines.append(f"  {'connect':<9} {verdict.connecting} are being opened")
+    return lines
+
+
 def _saturated_report(verdict: Verdict) -> list[str]:
+    how = "busy, but moving" if verdict.moved else "busy; nothing has come back yet"
     return [
-        f"SATURATED {verdict.pool} (busy, but moving): {_out_of(verdict)}",
-        *_block("held", (_innermost(one.places) for one in verdict.holding)),
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        f"SATURATED {verdict.pool} ({how}): {_out_of(verdict)}",
+        *_held(verdict.holding),
+        *_known(verdict),
+        *_in_line(verdict.waiting),
     ]
 
 
 def _held_report(verdict: Verdict) -> list[str]:
-    foreign = [one for one in verdict.holding if one.elsewhere is not None]
-    lines = [one.elsewhere for one in foreign if one.elsewhere is not None]
+    foreign = [holder for holder in verdict.holding if holder.elsewhere is not None]
+    lines = [holder.elsewhere for holder in foreign if holder.elsewhere is not None]
     (often, _), *_ = Counter(lines).most_common(1)
+    own = {holder.activity.what for holder in foreign if holder.activity} - {""}
+    what = (
+        f"{' or '.join(sorted(own))}: perhaps for one of those in line"
+        if own
+        else "something else than the database"
+    )
     return [
         f"HELD ACROSS A FOREIGN AWAIT in {verdict.pool}: {_out_of(verdict)}",
-        f"{len(foreign)} of them are held by tasks that wait for something else than the database.",
-        *_block("held", (_innermost(one.places) for one in foreign)),
+        f"{len(foreign)} of them are held by tasks that wait for {what}.",
+        *_held(foreign),
         *_block("they wait", lines),
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        *_in_line(verdict.waiting),
         f"  {'fix':<9} end the transaction before {often.short}: commit, or leave the session's block",
     ]
 
 
 def _unfair_report(verdict: Verdict) -> list[str]:
+    who = "threads" if verdict.threads else "tasks"
+    pause = "time.sleep(0.001)" if verdict.threads else "await asyncio.sleep(0)"
     return [
         f"UNFAIR {verdict.pool} (barging): {_out_of(verdict)}",
-        "Connections that come back are taken by tasks that never stood in the queue, again and again.",
-        *_block("held", (_innermost(one.places) for one in verdict.holding)),
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
-        f"  {'fix':<9} let the others in after each commit: await asyncio.sleep(0), or a new session for each batch",
+        f"Connections that come back are taken by {who} that never stood in the queue, again and again.",
+        *_held(verdict.holding),
+        *_in_line(verdict.waiting),
+        f"  {'fix':<9} let the others in after each commit: {pause}",
     ]
 
 
@@ -241,45 +366,72 @@ def _blocked_report(verdict: Verdict) -> list[str]:
         f"LOOP BLOCKED, and {verdict.pool} with it: {_out_of(verdict)}",
         "No task can run, so none can give its connection back.",
         *_block("blocked", [where]),
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        *_in_line(verdict.waiting),
         f"  {'fix':<9} await an asynchronous driver in {where.short}, or send the call to a thread (asyncio.to_thread)",
     ]
 
 
 def _connects_report(verdict: Verdict) -> list[str]:
+    if verdict.cancelled:
+        # SQLAlchemy's pool wakes a waiter when a connection comes back, not when an attempt has failed.
+        what = f"An attempt to connect was cancelled ({verdict.connect_error}), which wakes nobody in line."
+        fix = "open the pool's connections before the load comes, so that nobody is cancelled while connecting"
+    else:
+        what = f"The last attempt to connect failed: {verdict.connect_error}"
+        fix = "look at the server: its address, whether it runs, whether max_connections is reached"
+    more = (
+        [f"{verdict.failed} of the last {verdict.attempts} attempts failed."]
+        if verdict.attempts > 1
+        else []
+    )
     return [
         f"CONNECTS FAILING in {verdict.pool}: {_out_of(verdict)}",
-        f"The last attempt to connect failed: {verdict.connect_error}",
-        # SQLAlchemy's pool wakes a waiter when a connection comes back, not when an attempt has failed.
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
-        f"  {'fix':<9} look at the server: its address, whether it runs, whether max_connections is reached",
+        what,
+        *more,
+        *_in_line(verdict.waiting),
+        f"  {'fix':<9} {fix}",
     ]
 
 
 def _unknown_report(verdict: Verdict) -> list[str]:
-    if verdict.unseen:
+    if verdict.failure:
+        why = f"This PoolScope has failed ({verdict.failure}) and stepped aside; the log has its traceback."
+        fix = "report it; the engine goes on without it"
+    elif verdict.unseen:
         why = (
             f"{verdict.unseen} were checked out before this PoolScope was made; nobody saw by whom."
         )
         fix = "create the PoolScope where the engine is created"
     else:
         why = "Nothing has come back for seconds. A slow statement, or a lock? Only the server can tell."
-        fix = "ask it: SELECT state, wait_event_type, query FROM pg_stat_activity"
+        fix = "await scope.ask_server(), or SELECT state, wait_event_type, query FROM pg_stat_activity"
     return [
         f"UNKNOWN in {verdict.pool}: {_out_of(verdict)}",
         why,
-        *_block("held", (_innermost(one.places) for one in verdict.holding)),
-        *_block("in line", (_innermost(one.places) for one in verdict.waiting)),
+        *(
+            [f"Without {verdict.lacking} no deadlock can be proved here."]
+            if verdict.lacking
+            else []
+        ),
+        *_held(verdict.holding),
+        *_known(verdict),
+        *_in_line(verdict.waiting),
         f"  {'fix':<9} {fix}",
     ]
 
 
 def _healthy_report(verdict: Verdict) -> list[str]:
-    return [f"HEALTHY {verdict.pool}: {_out_of(verdict)}"]
+    lines = [f"HEALTHY {verdict.pool}: {_out_of(verdict)}"]
+    if verdict.replaced:
+        lines.append(
+            f"{verdict.replaced} hold or wait in a pool that dispose() has replaced; it cannot help them."
+        )
+    return lines
 
 
 _REPORTS = {
     "deadlock": _deadlock_report,
+    "deadlock until a timer": _deadlock_report,
     "leaked": _leaked_report,
     "loop blocked": _blocked_report,
     "unfair": _unfair_report,

@@ -14,8 +14,9 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_cursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
+from ormscope.internals import awaited_future
 from ormscope.places import is_user_code, place
-from ormscope.stacks import awaited_future, sleeping_frames
+from ormscope.stacks import sleeping_frames
 
 LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _LOOK_SECONDS = 0.02
@@ -92,9 +93,9 @@ def _settings(engine: AsyncEngine) -> list[object]:
     """What tells a pool that was changed or exchanged from the one that was lent."""
     pool = engine.pool
     numbers = [getattr(pool, name, None) for name in ("_max_overflow", "_timeout", "_pre_ping")]
-    classes = type(pool).__mro__[1:]  # PoolScope puts one of its own before the pool's
+    classes = type(pool).__mro__
     functions = [vars(one).get(name) for one in classes for name in _POOL_FUNCTIONS]
-    own = [name for name in _POOL_FUNCTIONS if name in vars(pool)]
+    own = [vars(pool).get(name) for name in _POOL_FUNCTIONS]  # PoolScope's own, or somebody's
     return [id(pool), numbers, classes, functions, own]
 
 

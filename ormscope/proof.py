@@ -1,0 +1,561 @@
+"""When a deadlock is proved: looks at the wait-for graph, at who can use the connections, and at what time limits run.
+
+One look is not enough: a task that is about to be woken looks like one that sleeps. So a suspicion is held against
+everybody who can still use one of the connections (in a thread of its own: that takes longer than a loop may
+wait), and then, on the loop and at least one round later, looked at again: only what has not moved at all is proved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.pool import Pool
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from ormscope import internals
+from ormscope.hooks import logger, step_aside
+from ormscope.ledger import Holder, Waiter
+from ormscope.loops import watch_of
+from ormscope.owners import Owner, TaskOrThread
+from ormscope.places import NOWHERE, Place, is_user_code, place
+from ormscope.reach import Users, users_of
+from ormscope.stacks import steps_of
+from ormscope.waitgraph import Stuck, Waits, find_stuck
+
+if TYPE_CHECKING:
+    from ormscope.pool import PoolScope
+
+_PAUSE = 0.025  # seconds between two looks at threads, which have no loop to beat
+_KNOWN_SECONDS = 1.0  # so long an answer about who can use a connection is believed
+_LONGEST_PAUSE = (
+    30.0  # seconds until a suspicion that was not confirmed is looked at again, if nothing moves
+)
+_CALLBACK_STEPS = 4
+_CALLBACK_NODES = 60
+
+_looking = threading.Lock()
+
+scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class Proof:
+    """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it."""
+
+    pools: frozenset[int]  # their ids; whoever waits in one keeps it
+    members: weakref.WeakSet[TaskOrThread]
+    signature: dict[int, object]
+    timers: tuple[Place, ...]
+    at: float = field(default_factory=time.perf_counter)
+    broken_at: float | None = None
+
+
+@dataclass(eq=False)
+class _Suspicion:
+    """Pools that seem stuck, and their holders."""
+
+    stuck: Stuck
+    holders: list[Holder]
+    returned: dict[int, int]
+
+    @property
+    def signature(self) -> object:
+        known = {id(member): what for member, what in self.stuck.signature.items()}
+        return known, self.returned, list(map(id, self.holders))
+
+
+# When to look.
+
+
+def begin(waiter: Waiter, holds: bool) -> None:
+    """Somebody has gone into a queue: look for deadlocks until nobody is in one."""
+    who = waiter.who
+    if isinstance(who, asyncio.Task):
+        # Whoever holds a connection already may have closed the circle.
+        watch_of(who.get_loop()).begin(_look, soon=holds)
+    else:
+        _thread_watch.begin()
+
+
+def _look(loop: asyncio.AbstractEventLoop) -> bool | None:
+    """Look from a loop's own thread, between two of its steps."""
+    watched = list(scopes)
+    try:
+        if not any(
+            isinstance(who, asyncio.Task) and who.get_loop() is loop
+            for scope in watched
+            for who in list(scope.ledger.waiters)
+        ):
+            return None
+        suspicion = _suspect(watched)
+        if suspicion is not None and _thread_of_investigation.begin(suspicion.signature):
+            threading.Thread(
+                target=_investigate, args=(suspicion, loop), name="ormscope proof", daemon=True
+            ).start()
+        return _movement.changed(watched)
+    except Exception as error:
+        _step_aside(watched, error)
+        return None
+
+
+def _step_aside(watched: Iterable[PoolScope], error: BaseException) -> None:
+    """Let all step aside whose waiters were being looked at."""
+    for scope in watched:
+        if scope.ledger.waiters:
+            step_aside(scope, error)
+
+
+class _ThreadWatch:
+    """Looks at the threads in queues, from a thread of its own, until none is left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = False
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="ormscope threads", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_PAUSE)
+            watched = list(scopes)
+            with self._lock:
+                if not any(
+                    isinstance(who, threading.Thread)
+                    for scope in watched
+                    for who in list(scope.ledger.waiters)
+                ):
+                    self._running = False
+                    return
+            try:
+                suspicion = _suspect(watched)
+                if suspicion is not None and _thread_of_investigation.begin(suspicion.signature):
+                    _investigate(suspicion, None)
+            except Exception as error:
+                _step_aside(watched, error)
+
+
+_thread_watch = _ThreadWatch()
+
+
+class _Investigation:
+    """Whether a suspicion is being looked into; one at a time, and the same one ever more seldom."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = False
+        self._last: object = None
+        self._again_at = 0.0
+        self._pause = 0.0
+
+    def begin(self, signature: object) -> bool:
+        now = time.perf_counter()
+        with self._lock:
+            if self._running or (signature == self._last and now < self._again_at):
+                return False
+            self._pause = (
+                min(max(2 * self._pause, _KNOWN_SECONDS), _LONGEST_PAUSE)
+                if signature == self._last
+                else 0.1
+            )
+            self._last, self._again_at = signature, now + self._pause
+            self._running = True
+            return True
+
+    def end(self) -> None:
+        with self._lock:
+            self._running = False
+
+
+_thread_of_investigation = _Investigation()
+
+
+class _Movement:
+    """Whether anything has been taken, given back or asked for since the last look."""
+
+    def __init__(self) -> None:
+        self._last: list[int] = []
+
+    def changed(self, watched: list[PoolScope]) -> bool:
+        now = [
+            scope.ledger.returned + scope.ledger.counts.checkouts + len(scope.ledger.waiters)
+            for scope in watched
+        ]
+        changed, self._last = now != self._last, now
+        return changed
+
+
+_movement = _Movement()
+
+# The three steps of a proof.
+
+
+def waits_of(
+    watched: Iterable[PoolScope], edges: dict[TaskOrThread, set[TaskOrThread]] | None = None
+) -> Waits:
+    """Who waits in which queue, and who can give back a connection of each exhausted pool."""
+    ledgers = [scope.ledger for scope in watched]
+    now = time.perf_counter()
+
+    def queued(who: TaskOrThread) -> Pool | None:
+        for ledger in ledgers:
+            waiter = ledger.waiters.get(who)
+            if waiter is not None and waiter.waits(now):
+                return waiter.pool
+        return None
+
+    wakers: dict[Pool, set[TaskOrThread]] = {}
+    for ledger in ledgers:
+        for pool in ledger.pools_in_demand():
+            if pool not in wakers and ledger.is_exhausted(pool):
+                known = wakers_of(ledger.held(pool))
+                if known is not None:
+                    wakers[pool] = known
+    return Waits(queued, wakers, edges or {})
+
+
+def wakers_of(holders: list[Holder]) -> set[TaskOrThread] | None:
+    """Who can give one of these connections back, as far as it is known; None where nobody, or everybody, can."""
+    wakers: set[TaskOrThread] = set()
+    for holder in holders:
+        if holder.kept_by:
+            return None
+        subjects = live_users(holder)
+        if not subjects and holder.users is not None:
+            return None  # a leak, which the garbage collector may end
+        wakers |= subjects
+    return wakers
+
+
+def live_users(holder: Holder) -> set[TaskOrThread]:
+    """Those who can use a connection: found to, or else who took it and who used it last."""
+    owners = holder.users if holder.users is not None else (holder.owner, holder.last_user)
+    return {owner.subject for owner in owners if owner.subject is not None and owner.alive}
+
+
+def _suspect(watched: list[PoolScope]) -> _Suspicion | None:
+    """Pools that seem stuck and are not known to be, if any."""
+    waits = waits_of(watched)
+    known = {
+        key
+        for scope in watched
+        if scope.proof and not scope.proof.timers
+        for key in scope.proof.pools
+    }
+    new = {pool: wakers for pool, wakers in waits.wakers.items() if id(pool) not in known}
+    if not new:
+        return None
+    # Where nobody who took a connection is left, somebody else may have it: that has to be found out first.
+    orphaned = [
+        holder
+        for scope in watched
+        for pool in new
+        for holder in scope.ledger.held(pool)
+        if holder.users is None and not live_users(holder)
+    ]
+    stuck = find_stuck(waits)
+    if stuck is None and not orphaned:
+        return None
+    if stuck is not None and not (stuck.pools & set(new)):
+        return None
+    pools = set() if stuck is None else stuck.pools
+    holders = [holder for scope in watched for pool in pools for holder in scope.ledger.held(pool)]
+    stuck = stuck or Stuck(set(), set(), {})
+    return _Suspicion(
+        stuck, list(dict.fromkeys([*holders, *orphaned])), returned_to(watched, stuck.pools)
+    )
+
+
+def returned_to(watched: Iterable[PoolScope], pools: set[Any]) -> dict[int, int]:
+    """How many connections have come back to the engines of these pools, by the id of the engine's scope."""
+    return {
+        id(scope): scope.ledger.returned
+        for scope in watched
+        if any(holder.pool in pools for holder in scope.holders)
+    }
+
+
+def look_for_users(holders: list[Holder], suspects: Collection[asyncio.Task[Any]] = ()) -> bool:
+    """Find out who can use connections, and note it; whether nothing can have moved meanwhile."""
+    with _looking:
+        exact = _look_once(holders, suspects)
+        lost = [holder for holder in holders if holder.is_lost]
+        if lost:
+            # Whatever moved during the look may have been missed: what is lost is lost a moment later, too.
+            time.sleep(_PAUSE)
+            _look_once(lost, ())
+    return exact
+
+
+def _look_once(holders: list[Holder], suspects: Collection[asyncio.Task[Any]]) -> bool:
+    found = users_of([holder.handle for holder in holders], suspects)
+    now = time.perf_counter()
+    for holder, users in zip(holders, found, strict=True):
+        _note_users(holder, users, now)
+    return all(users.exact for users in found)
+
+
+def _note_users(holder: Holder, users: Users, now: float) -> None:
+    subjects = set(users.everybody)
+    if users.unseen:
+        # A thread may have it nowhere but on the stack of its function, as `with engine.connect():` does.
+        subjects |= {
+            owner.subject
+            for owner in (holder.owner, holder.last_user)
+            if isinstance(owner.subject, threading.Thread) and owner.alive
+        }
+    holder.kept_by = users.elsewhere
+    if holder.handle() is None:
+        holder.kept_by = "the pool, to which it is just coming back"
+    elif not users.complete:
+        holder.kept_by = "more than can be followed"
+    elif users.unseen and not subjects:
+        holder.kept_by = "a function that runs"
+    holder.is_moving = users.unseen
+    holder.is_lost = _is_lost(holder, users)
+    if users.is_listed and not users.listed and not holder.kept_by:
+        holder.kept_by = "a list"
+    holder.users = tuple(map(Owner, subjects))
+    holder.looked_at = now
+
+
+def _is_lost(holder: Holder, users: Users) -> bool:
+    """Whether nobody is left who could give a connection back: it lies in a list, in a traceback, or nowhere."""
+    takers = (holder.owner, holder.last_user)
+    if any(owner.alive and isinstance(owner.subject, asyncio.Task) for owner in takers):
+        return False  # it may just be handing it on
+    if holder.kept_by or users.subjects or users.unseen:
+        return False
+    if users.is_listed or users.listed:
+        # A task without code of its own, such as gather makes, took it for whoever awaited it.
+        return bool(holder.frames)
+    return True
+
+
+@dataclass(eq=False)
+class _Finding:
+    """What is stuck, the lines of the time limits that end it, and whether the look could have missed what moved."""
+
+    stuck: Stuck
+    timers: tuple[Place, ...]
+    exact: bool
+    suspicion: _Suspicion
+
+
+def _examine(suspicion: _Suspicion, watched: list[PoolScope]) -> _Finding | None:
+    """Hold a suspicion against everybody who can use a connection."""
+    tasks = [member for member in suspicion.stuck.members if isinstance(member, asyncio.Task)]
+    exact = look_for_users(suspicion.holders, tasks)
+    waits = waits_of(watched)
+    stuck = find_stuck(waits)
+    return None if stuck is None else _Finding(stuck, timers_of(stuck, waits), exact, suspicion)
+
+
+def _investigate(suspicion: _Suspicion, loop: asyncio.AbstractEventLoop | None) -> None:
+    watched = list(scopes)
+    try:
+        finding = _examine(suspicion, watched)
+        if finding is None:
+            return
+        if loop is None:
+            time.sleep(_PAUSE)
+            _confirm(finding)
+        else:
+            loop.call_soon_threadsafe(_confirm, finding)
+    except RuntimeError:
+        logger.debug("the loop was closed before a deadlock could be proved", exc_info=True)
+    except Exception as error:
+        _step_aside(watched, error)
+    finally:
+        _thread_of_investigation.end()
+
+
+def _confirm(finding: _Finding) -> None:
+    """Look again, on the loop, where nothing moves: what has not moved since is proved."""
+    watched = list(scopes)
+    try:
+        if _has_not_moved(finding, watched):
+            declare(finding.stuck, finding.timers)
+    except Exception as error:
+        _step_aside(watched, error)
+
+
+def _has_not_moved(finding: _Finding, watched: list[PoolScope]) -> bool:
+    stuck, suspicion = finding.stuck, finding.suspicion
+    if returned_to(watched, stuck.pools) != suspicion.returned:
+        return False
+    if not finding.exact:
+        tasks = [member for member in stuck.members if isinstance(member, asyncio.Task)]
+        look_for_users(suspicion.holders, tasks)
+    again = find_stuck(waits_of(watched))
+    return again is not None and again.signature == stuck.signature
+
+
+def prove_now() -> None:
+    """Try to prove a deadlock at once, for somebody who asks for a verdict."""
+    watched = list(scopes)
+    suspicion = _suspect(watched)
+    finding = None if suspicion is None else _examine(suspicion, watched)
+    if finding is None:
+        return
+    threads = {
+        watch_of(member.get_loop()).thread
+        for member in finding.stuck.members
+        if isinstance(member, asyncio.Task)
+    }
+    # From another thread, a look that is not exact may have missed what moved: the loop will look itself.
+    is_quiet = finding.exact or threads <= {threading.get_ident()}
+    if (
+        is_quiet
+        and _has_not_moved(
+            _Finding(finding.stuck, finding.timers, True, finding.suspicion), watched
+        )
+        and _nobody_is_being_woken(finding.stuck)
+    ):
+        declare(finding.stuck, finding.timers)
+
+
+_declaring = threading.Lock()
+
+
+def declare(stuck: Stuck, timers: tuple[Place, ...]) -> None:
+    """Tell each scope whose pool is part of a proved deadlock."""
+    pools = frozenset(map(id, stuck.pools))
+    with _declaring:
+        told = [
+            scope
+            for scope in list(scopes)
+            if any(id(waiter.pool) in pools for waiter in list(scope.ledger.waiters.values()))
+            and (
+                scope.proof is None
+                or (scope.proof.timers and not timers)
+                or not pools & scope.proof.pools
+            )
+        ]
+        if not told:
+            return
+        signature = {id(member): what for member, what in stuck.signature.items()}
+        proof = Proof(pools, weakref.WeakSet(stuck.members), signature, timers)
+        for scope in told:
+            scope.proof = proof
+        for scope in told:
+            scope.proved(proof)
+
+
+# What ends it from outside.
+
+
+def timers_of(stuck: Stuck, waits: Waits) -> tuple[Place, ...]:
+    """The lines of those who have set themselves a time limit; empty where nothing of that kind ends the waiting."""
+    places: list[Place] = []
+    targets: set[int] = set()
+    pools_own: set[int] = set()
+    loops: set[asyncio.AbstractEventLoop] = set()
+    for member in stuck.members:
+        if not isinstance(member, asyncio.Task):
+            continue
+        loops.add(member.get_loop())
+        targets.add(id(member))
+        if waits.queued(member) is None:
+            targets.add(id(internals.awaited_future(member)))
+        place_now, inside = NOWHERE, False
+        for step, frame in steps_of(member):
+            if is_user_code(frame.f_code.co_filename):
+                place_now = place((frame.f_code, frame.f_lineno))
+            # From here on it is SQLAlchemy that waits, and for the pool with pool_timeout.
+            inside |= frame.f_code is greenlet_spawn.__code__ and waits.queued(member) is not None
+            limits = _limits_on(step)
+            if inside:
+                pools_own |= set(map(id, limits))
+            elif limits:
+                places.append(place_now)
+    if stuck.timed and not places:
+        places.append(_place_of_timed(stuck))
+    for loop in loops:
+        for handle in internals.timers(loop) or ():
+            if _leads_to(handle, targets, pools_own):
+                places.append(NOWHERE)
+                break
+    known = tuple(dict.fromkeys(found for found in places if found.line))
+    return known or tuple(places[:1])
+
+
+def _place_of_timed(stuck: Stuck) -> Place:
+    for member in stuck.members:
+        if isinstance(member, asyncio.Task):
+            users = [
+                frame for _, frame in steps_of(member) if is_user_code(frame.f_code.co_filename)
+            ]
+            if users:
+                return place((users[-1].f_code, users[-1].f_lineno))
+    return NOWHERE
+
+
+def _limits_on(step: Any) -> list[object]:
+    """The time limits that run on the stack of a suspended coroutine."""
+    found = []
+    for held in gc.get_referents(step):
+        owner = getattr(held, "__self__", held) if type(held) is MethodType else held
+        inner = getattr(owner, "gen", None)
+        for value in (owner, *(gc.get_referents(inner) if inner is not None else ())):
+            value = value.__self__ if type(value) is MethodType else value
+            if internals.limits_of(value):
+                found.append(value)
+    return found
+
+
+def _nobody_is_being_woken(stuck: Stuck) -> bool:
+    """Whether nothing that a loop is about to do concerns those who seem stuck."""
+    targets = {id(member) for member in stuck.members}
+    loops = set()
+    for member in stuck.members:
+        if isinstance(member, asyncio.Task):
+            loops.add(member.get_loop())
+            targets.add(id(internals.awaited_future(member)))
+    for loop in loops:
+        handles = internals.ready_handles(loop)
+        if handles is None or any(_leads_to(handle, targets, set()) for handle in handles):
+            return False
+    return True
+
+
+def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> bool:
+    """Whether a callback of a loop can touch one of the targets, given by their ids."""
+    callback, arguments = internals.callback_of(handle)
+    if getattr(callback, "__module__", None) == __name__:
+        return False
+    unseen: deque[tuple[Any, int]] = deque((value, 0) for value in (callback, *arguments))
+    seen: set[int] = set()
+    while unseen and len(seen) < _CALLBACK_NODES:
+        value, depth = unseen.popleft()
+        if id(value) in excluded:
+            return False
+        if id(value) in targets:
+            return True
+        if id(value) in seen or depth == _CALLBACK_STEPS:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (asyncio.AbstractEventLoop, ModuleType, type, asyncio.Task)):
+            continue
+        if isinstance(value, FunctionType):
+            held: Iterable[Any] = value.__closure__ or ()
+        elif isinstance(value, functools.partial):
+            held = (value.func, value.args, value.keywords)
+        else:
+            held = (item for item in gc.get_referents(value) if gc.is_tracked(item))
+        owner = getattr(value, "__self__", None)
+        unseen.extend((item, depth + 1) for item in (*held, owner) if item is not None)
+    return False
