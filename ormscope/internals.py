@@ -103,7 +103,7 @@ def gathered(future: asyncio.Future[Any]) -> list[asyncio.Future[Any]] | None:
 
 def shielded(future: asyncio.Future[Any]) -> asyncio.Future[Any] | None:
     """What a future of `asyncio.shield` waits for; None for any other future."""
-    for callback, _ in _callbacks(future):
+    for callback, _ in callbacks_of(future):
         if getattr(callback, "__code__", None) in _SHIELD_CODES:
             inner = _closure(callback).get("inner")
             return inner if isinstance(inner, asyncio.Future) else None
@@ -112,11 +112,12 @@ def shielded(future: asyncio.Future[Any]) -> asyncio.Future[Any] | None:
 
 def comes_from_a_thread(future: asyncio.Future[Any]) -> bool:
     """Whether a future is set by a thread's future, as `asyncio.to_thread` has it."""
-    codes = {getattr(callback, "__code__", None) for callback, _ in _callbacks(future)}
+    codes = {getattr(callback, "__code__", None) for callback, _ in callbacks_of(future)}
     return not codes.isdisjoint(_CHAIN_CODES)
 
 
-def _callbacks(future: asyncio.Future[Any]) -> list[tuple[Any, Any]]:
+def callbacks_of(future: asyncio.Future[Any]) -> list[tuple[Any, Any]]:
+    """What is called when a future is done, with its context."""
     return list(future._callbacks or ())
 
 
@@ -206,12 +207,9 @@ def limits_of(value: object) -> bool:
     """Whether an object is a time limit that is running: `asyncio.timeout`, or a cancel scope of anyio."""
     if isinstance(value, asyncio.Timeout):
         return value.when() is not None and not value.expired()
-    anyio = _anyio()
-    return (
-        anyio is not None
-        and isinstance(value, anyio.CancelScope)
-        and value._deadline != float("inf")
-    )
+    # A module that is just being imported has nothing yet.
+    scope = getattr(_anyio(), "CancelScope", None)
+    return scope is not None and isinstance(value, scope) and value._deadline != float("inf")
 
 
 def _anyio() -> ModuleType | None:

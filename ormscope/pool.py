@@ -297,12 +297,15 @@ class PoolScope:
             proof.begin(waiter, self.ledger.holds(waiter.who))
 
     def _on_return(self, pool: Pool) -> None:
-        found = self.proof
-        if found is not None and id(pool) in found.pools:
-            found.broken_at = time.perf_counter()  # a connection came back, so the circle is broken
-            for scope in list(proof.scopes):
-                if scope.proof is found:
-                    scope.proof = None
+        if self.proof is None:
+            return
+        for scope in list(proof.scopes):
+            found = scope.proof
+            if found is not None and id(pool) in found.pools:
+                found.broken_at = (
+                    time.perf_counter()
+                )  # a connection came back, so the circle is broken
+                scope.proof = None
 
     def _broken_for(self, who: TaskOrThread) -> Verdict | None:
         """The deadlock that somebody was part of until a moment ago."""
@@ -361,6 +364,7 @@ class PoolScope:
             waiting=_in_line(queue, now, self.name),
             proved=found is not None and id(pool) in found.pools,
             timers=found.timers if found is not None else (),
+            limits_above=found.limits_above if found is not None else (),
             blocked=self._blocked(now, queue),
             overtaken=self._is_overtaken(now, queue),
             threads=bool(queue) and not isinstance(queue[0].who, asyncio.Task),

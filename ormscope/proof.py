@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from ormscope.owners import Owner, TaskOrThread
 from ormscope.places import NOWHERE, Place, is_user_code, place
 from ormscope.reach import Users, users_of
 from ormscope.stacks import steps_of
-from ormscope.waitgraph import Stuck, Waits, find_stuck
+from ormscope.waitgraph import Stuck, Waits, awaited_by, find_stuck, find_stuck_parts
 
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
@@ -50,12 +51,15 @@ scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
 
 @dataclass(eq=False)
 class Proof:
-    """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it."""
+    """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it.
+
+    `timers` are limits of its members' own, `limits_above` those of tasks that await them.
+    """
 
     pools: frozenset[int]  # their ids; whoever waits in one keeps it
     members: weakref.WeakSet[TaskOrThread]
-    signature: dict[int, object]
     timers: tuple[Place, ...]
+    limits_above: tuple[Place, ...]
     at: float = field(default_factory=time.perf_counter)
     broken_at: float | None = None
 
@@ -347,28 +351,25 @@ def _is_lost(holder: Holder, users: Users) -> bool:
 
 @dataclass(eq=False)
 class _Finding:
-    """What is stuck, the lines of the time limits that end it, and whether the look could have missed what moved."""
+    """What is stuck, and whether the look at it could have missed what moved."""
 
-    stuck: Stuck
-    timers: tuple[Place, ...]
+    parts: list[Stuck]
     exact: bool
     suspicion: _Suspicion
 
 
-def _examine(suspicion: _Suspicion, watched: list[PoolScope]) -> _Finding | None:
+def _examine(suspicion: _Suspicion, watched: list[PoolScope]) -> _Finding:
     """Hold a suspicion against everybody who can use a connection."""
     tasks = [member for member in suspicion.stuck.members if isinstance(member, asyncio.Task)]
     exact = look_for_users(suspicion.holders, tasks)
-    waits = waits_of(watched)
-    stuck = find_stuck(waits)
-    return None if stuck is None else _Finding(stuck, timers_of(stuck, waits), exact, suspicion)
+    return _Finding(find_stuck_parts(waits_of(watched)), exact, suspicion)
 
 
 def _investigate(suspicion: _Suspicion, loop: asyncio.AbstractEventLoop | None) -> None:
     watched = list(scopes)
     try:
         finding = _examine(suspicion, watched)
-        if finding is None:
+        if not finding.parts:
             return
         if loop is None:
             time.sleep(_PAUSE)
@@ -387,68 +388,69 @@ def _confirm(finding: _Finding) -> None:
     """Look again, on the loop, where nothing moves: what has not moved since is proved."""
     watched = list(scopes)
     try:
-        if _has_not_moved(finding, watched):
-            declare(finding.stuck, finding.timers)
+        if not finding.exact:
+            members = {member for part in finding.parts for member in part.members}
+            tasks = [member for member in members if isinstance(member, asyncio.Task)]
+            look_for_users(finding.suspicion.holders, tasks)
+        for part in _unmoved(finding, watched):
+            if not _is_being_woken(part):  # its pool_timeout may be up at this very moment
+                declare(part)
     except Exception as error:
         _step_aside(watched, error)
 
 
-def _has_not_moved(finding: _Finding, watched: list[PoolScope]) -> bool:
-    stuck, suspicion = finding.stuck, finding.suspicion
-    if returned_to(watched, stuck.pools) != suspicion.returned:
-        return False
-    if not finding.exact:
-        tasks = [member for member in stuck.members if isinstance(member, asyncio.Task)]
-        look_for_users(suspicion.holders, tasks)
-    again = find_stuck(waits_of(watched))
-    return again is not None and again.signature == stuck.signature
+def _unmoved(finding: _Finding, watched: list[PoolScope]) -> list[Stuck]:
+    """Those parts of a finding that are as they were."""
+    again = {frozenset(part.pools): part.signature for part in find_stuck_parts(waits_of(watched))}
+    returned = finding.suspicion.returned
+    return [
+        part
+        for part in finding.parts
+        if again.get(frozenset(part.pools)) == part.signature
+        and all(
+            returned.get(key) == count for key, count in returned_to(watched, part.pools).items()
+        )
+    ]
 
 
 def prove_now() -> None:
     """Try to prove a deadlock at once, for somebody who asks for a verdict."""
     watched = list(scopes)
     suspicion = _suspect(watched)
-    finding = None if suspicion is None else _examine(suspicion, watched)
-    if finding is None:
+    if suspicion is None:
         return
-    threads = {
-        watch_of(member.get_loop()).thread
-        for member in finding.stuck.members
-        if isinstance(member, asyncio.Task)
-    }
-    # From another thread, a look that is not exact may have missed what moved: the loop will look itself.
-    is_quiet = finding.exact or threads <= {threading.get_ident()}
-    if (
-        is_quiet
-        and _has_not_moved(
-            _Finding(finding.stuck, finding.timers, True, finding.suspicion), watched
-        )
-        and _nobody_is_being_woken(finding.stuck)
-    ):
-        declare(finding.stuck, finding.timers)
+    finding = _examine(suspicion, watched)
+    for part in _unmoved(finding, watched):
+        threads = {
+            watch_of(member.get_loop()).thread
+            for member in part.members
+            if isinstance(member, asyncio.Task)
+        }
+        # From another thread, a look that is not exact may have missed what moved: the loop will look itself.
+        is_quiet = finding.exact or threads <= {threading.get_ident()}
+        if is_quiet and _is_being_woken(part) is False:
+            declare(part)
 
 
 _declaring = threading.Lock()
 
 
-def declare(stuck: Stuck, timers: tuple[Place, ...]) -> None:
+def declare(stuck: Stuck, server_timers: tuple[Place, ...] = ()) -> None:
     """Tell each scope whose pool is part of a proved deadlock."""
-    pools = frozenset(map(id, stuck.pools))
+    timers, above = timers_of(stuck, waits_of(list(scopes)))
+    timers += server_timers
+    about = frozenset(map(id, stuck.about))
     with _declaring:
         told = [
             scope
             for scope in list(scopes)
-            if any(id(waiter.pool) in pools for waiter in list(scope.ledger.waiters.values()))
-            and (
-                scope.proof is None
-                or (scope.proof.timers and not timers)
-                or not pools & scope.proof.pools
-            )
+            if any(id(waiter.pool) in about for waiter in list(scope.ledger.waiters.values()))
+            and (scope.proof is None or (scope.proof.timers and not timers))
         ]
         if not told:
             return
-        signature = {id(member): what for member, what in stuck.signature.items()}
-        proof = Proof(pools, weakref.WeakSet(stuck.members), signature, timers)
+        pools = frozenset(map(id, stuck.pools))
+        proof = Proof(pools, weakref.WeakSet(stuck.members), timers, above)
         for scope in told:
             scope.proof = proof
         for scope in told:
@@ -458,50 +460,96 @@ def declare(stuck: Stuck, timers: tuple[Place, ...]) -> None:
 # What ends it from outside.
 
 
-def timers_of(stuck: Stuck, waits: Waits) -> tuple[Place, ...]:
-    """The lines of those who have set themselves a time limit; empty where nothing of that kind ends the waiting."""
+def timers_of(stuck: Stuck, waits: Waits) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    """The lines of the time limits that end the waiting: of the members' own, and of those that await a member."""
+    members = {member for member in stuck.members if isinstance(member, asyncio.Task)}
+    own = _limits_of(members, waits)
+    if stuck.timed and not own:
+        own = [_place_of(task) for task in members if (found := awaited_by(task)) and found.timed]
+    above = _above(members)
+    if sys.version_info < (3, 12):
+        # There `wait_for` makes a task of what it waits for, so that its own limit seems to be somebody else's.
+        own += [_place_of(task) for task in above if _waits_for_one_of(task, members)]
+    limits = _limits_of(above, waits)
+    timed = (awaited_by(task) for task in above)
+    if not limits and any(found is not None and found.timed for found in timed):
+        limits = [NOWHERE]
+    return _distinct(own), _distinct(limits)
+
+
+def _distinct(places: list[Place]) -> tuple[Place, ...]:
+    known = tuple(dict.fromkeys(found for found in places if found.line))
+    return known or tuple(places[:1])
+
+
+def _limits_of(tasks: Collection[asyncio.Task[Any]], waits: Waits) -> list[Place]:
+    """The lines of the tasks on which a time limit runs that will cancel or wake them."""
     places: list[Place] = []
     targets: set[int] = set()
     pools_own: set[int] = set()
-    loops: set[asyncio.AbstractEventLoop] = set()
-    for member in stuck.members:
-        if not isinstance(member, asyncio.Task):
-            continue
-        loops.add(member.get_loop())
-        targets.add(id(member))
-        if waits.queued(member) is None:
-            targets.add(id(internals.awaited_future(member)))
+    for task in tasks:
+        is_queued = waits.queued(task) is not None
+        targets.add(id(task))
+        if not is_queued:
+            targets.add(id(internals.awaited_future(task)))
         place_now, inside = NOWHERE, False
-        for step, frame in steps_of(member):
+        for step, frame in steps_of(task):
             if is_user_code(frame.f_code.co_filename):
                 place_now = place((frame.f_code, frame.f_lineno))
             # From here on it is SQLAlchemy that waits, and for the pool with pool_timeout.
-            inside |= frame.f_code is greenlet_spawn.__code__ and waits.queued(member) is not None
+            inside |= frame.f_code is greenlet_spawn.__code__ and is_queued
             limits = _limits_on(step)
             if inside:
                 pools_own |= set(map(id, limits))
             elif limits:
                 places.append(place_now)
-    if stuck.timed and not places:
-        places.append(_place_of_timed(stuck))
-    for loop in loops:
+    for loop in {task.get_loop() for task in tasks}:
         for handle in internals.timers(loop) or ():
             if _leads_to(handle, targets, pools_own):
                 places.append(NOWHERE)
                 break
-    known = tuple(dict.fromkeys(found for found in places if found.line))
-    return known or tuple(places[:1])
+    return places
 
 
-def _place_of_timed(stuck: Stuck) -> Place:
-    for member in stuck.members:
-        if isinstance(member, asyncio.Task):
-            users = [
-                frame for _, frame in steps_of(member) if is_user_code(frame.f_code.co_filename)
-            ]
-            if users:
-                return place((users[-1].f_code, users[-1].f_lineno))
-    return NOWHERE
+def _above(members: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+    """The tasks that await a member, and those that await them."""
+    above: set[asyncio.Task[Any]] = set()
+    unseen = list(members)
+    while unseen:
+        for task in _awaiting(unseen.pop()):
+            if task not in members and task not in above and not task.done():
+                above.add(task)
+                unseen.append(task)
+    return above
+
+
+def _awaiting(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
+    """The tasks that what is called when a task is done will wake."""
+    found: set[asyncio.Task[Any]] = set()
+
+    def note(value: Any) -> None:
+        if isinstance(value, asyncio.Task):
+            found.add(value)
+
+    _follow([callback for callback, _ in internals.callbacks_of(task)], note)
+    return found - {task}
+
+
+def _place_of(task: asyncio.Task[Any]) -> Place:
+    """The innermost line of the user's code in a task."""
+    users = [frame for _, frame in steps_of(task) if is_user_code(frame.f_code.co_filename)]
+    return place((users[-1].f_code, users[-1].f_lineno)) if users else NOWHERE
+
+
+def _waits_for_one_of(task: asyncio.Task[Any], members: set[asyncio.Task[Any]]) -> bool:
+    """Whether a task stands in `asyncio.wait_for`, with a limit, for one of these."""
+    found = awaited_by(task)
+    return (
+        found is not None
+        and found.timed
+        and bool(found.tasks & members)
+        and any(frame.f_code is asyncio.wait_for.__code__ for _, frame in steps_of(task))
+    )
 
 
 def _limits_on(step: Any) -> list[object]:
@@ -517,19 +565,21 @@ def _limits_on(step: Any) -> list[object]:
     return found
 
 
-def _nobody_is_being_woken(stuck: Stuck) -> bool:
-    """Whether nothing that a loop is about to do concerns those who seem stuck."""
-    targets = {id(member) for member in stuck.members}
-    loops = set()
-    for member in stuck.members:
-        if isinstance(member, asyncio.Task):
-            loops.add(member.get_loop())
-            targets.add(id(internals.awaited_future(member)))
-    for loop in loops:
+def _is_being_woken(stuck: Stuck) -> bool | None:
+    """Whether something that a loop is about to do concerns those who seem stuck; None where a loop does not tell."""
+    members = [member for member in stuck.members if isinstance(member, asyncio.Task)]
+    targets = {id(member) for member in members}
+    targets |= {id(internals.awaited_future(member)) for member in members}
+    for loop in {member.get_loop() for member in members}:
         handles = internals.ready_handles(loop)
-        if handles is None or any(_leads_to(handle, targets, set()) for handle in handles):
-            return False
-    return True
+        if handles is None:
+            return None
+        # A loop that is late has timers that are due and not among those yet.
+        soon = loop.time() + _PAUSE
+        due = [handle for handle in internals.timers(loop) or () if handle.when() <= soon]
+        if any(_leads_to(handle, targets, set()) for handle in (*handles, *due)):
+            return True
+    return False
 
 
 def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> bool:
@@ -537,18 +587,24 @@ def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> 
     callback, arguments = internals.callback_of(handle)
     if getattr(callback, "__module__", None) == __name__:
         return False
-    unseen: deque[tuple[Any, int]] = deque((value, 0) for value in (callback, *arguments))
+    seen: set[int] = set()
+    _follow([callback, *arguments], lambda value: seen.add(id(value)))
+    return not seen & excluded and bool(seen & targets)
+
+
+def _follow(values: Iterable[Any], visit: Callable[[Any], object]) -> None:
+    """Visit what can be reached from callbacks within a few steps, not going on behind a task."""
+    unseen: deque[tuple[Any, int]] = deque((value, 0) for value in values)
     seen: set[int] = set()
     while unseen and len(seen) < _CALLBACK_NODES:
         value, depth = unseen.popleft()
-        if id(value) in excluded:
-            return False
-        if id(value) in targets:
-            return True
-        if id(value) in seen or depth == _CALLBACK_STEPS:
+        if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, (asyncio.AbstractEventLoop, ModuleType, type, asyncio.Task)):
+        visit(value)
+        if depth == _CALLBACK_STEPS or isinstance(
+            value, (asyncio.AbstractEventLoop, ModuleType, type, asyncio.Task)
+        ):
             continue
         if isinstance(value, FunctionType):
             held: Iterable[Any] = value.__closure__ or ()
@@ -558,4 +614,3 @@ def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> 
             held = (item for item in gc.get_referents(value) if gc.is_tracked(item))
         owner = getattr(value, "__self__", None)
         unseen.extend((item, depth + 1) for item in (*held, owner) if item is not None)
-    return False

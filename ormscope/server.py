@@ -387,7 +387,7 @@ def _suspect(
     found = _stuck(scope, seen)
     if found is None:
         return None
-    timers = proof.timers_of(found[0], proof.waits_of(watched, dict(_edges(seen).values())))
+    timers, _ = proof.timers_of(found[0], proof.waits_of(watched, dict(_edges(seen).values())))
     return _Found(*found, timers, returned)
 
 

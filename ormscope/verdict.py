@@ -69,8 +69,9 @@ class Snapshot:
     """A pool at one moment, as far as a PoolScope knows it. `at` is in seconds on the clock of whoever asked.
 
     `waiting` are those in line, those that hold a connection included. `proved` is whether
-    a deadlock is, `timers` are the lines of the time limits that end it, `until` how it ends otherwise. `blocked` is
-    where the event loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
+    a deadlock is, `timers` are the lines of the time limits that its members have set themselves and that end it,
+    `limits_above` those of tasks that await a member, which will cancel it. `blocked` is where the event
+    loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
     they are threads. `moved` is whether a connection came back or was handed out a moment ago, `still` whether none
     has for long. `connect_error` is how the last attempts to connect failed, of which `attempts` were made in the last
     seconds and `failed` failed; `cancelled` whether that was by a cancellation. `connecting` are attempts in progress,
@@ -88,6 +89,7 @@ class Snapshot:
     waiting: tuple[Waiting, ...]
     proved: bool = False
     timers: tuple[Place, ...] = ()
+    limits_above: tuple[Place, ...] = ()
     blocked: Place | None = None
     overtaken: bool = False
     threads: bool = False
@@ -223,9 +225,15 @@ def _end(verdict: Verdict) -> str:
     if verdict.timers:
         places = " and ".join(place.short for place in sorted(set(verdict.timers))[:3])
         return f"when a time limit in {places} ends it, or pool_timeout, whichever comes first"
-    if verdict.timeout is None:
+    ends = []
+    if verdict.timeout is not None:
+        ends.append(f"pool_timeout ({verdict.timeout:g} s) makes a waiter give up")
+    if verdict.limits_above:
+        places = " and ".join(place.short for place in sorted(set(verdict.limits_above))[:3])
+        ends.append(f"a time limit in {places}, which awaits it, cancels it")
+    if not ends:
         return "never: pool_timeout is None"
-    return f"when pool_timeout ({verdict.timeout:g} s) makes a waiter give up, and not before"
+    return f"when {' or '.join(ends)}, and not before"
 
 
 def _formula(verdict: Verdict, several_pools: bool) -> list[str]:

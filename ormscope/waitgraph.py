@@ -10,7 +10,13 @@ that awaits tasks is woken by them. These kinds of waiting are followed:
 
 Whatever else is awaited, alone or beside tasks (a socket, an Event, a Lock, a Queue, a thread, a plain future), can
 wake a task at any time, so nothing is proved through it. A deadlock through one of those is not found; none is
-invented. Somebody may always cancel a task from outside: that is not counted, as a restart is not.
+invented.
+
+A time limit that one of the stuck tasks has set itself (`asyncio.timeout`, `wait_for`, `wait(timeout=)`, anyio's
+scopes, `loop.call_later` with its own cancel) makes it a "deadlock until a timer": named, with the line, but not
+counted among the deadlocks, and no alert that says "restart" fires. Somebody else may always cancel a task from
+outside: that is not counted, as a restart is not; but where a task that awaits a stuck one has a time limit, the
+report says so.
 """
 
 from __future__ import annotations
@@ -137,15 +143,34 @@ class Waits:
 
 @dataclass
 class Stuck:
-    """The pools that are stuck for good, and the tasks and threads that the proof goes through.
+    """Pools that are stuck for good, and the tasks and threads that the proof goes through.
 
-    `signature` tells for each of those what it waits for, so that two looks can be compared.
+    `about` are those of the pools that wait for all the others. `signature` tells for each member what it waits for,
+    so that two looks can be compared.
     """
 
     pools: set[Pool]
     members: set[TaskOrThread]
     signature: dict[TaskOrThread, object]
     timed: bool = False
+    about: frozenset[Pool] = frozenset()
+
+
+def find_stuck_parts(waits: Waits) -> list[Stuck]:
+    """The stuck pools, each with no more than what its own proof goes through: two deadlocks are two."""
+    stuck = find_stuck(waits)
+    if stuck is None:
+        return []
+    search = _Search(waits)
+    about: dict[frozenset[Pool], set[Pool]] = {}
+    for pool in stuck.pools:
+        about.setdefault(frozenset(search.needed(pool)), set()).add(pool)
+    parts = []
+    for pools, own in about.items():
+        part = search.stuck(set(pools))
+        part.about = frozenset(own)
+        parts.append(part)
+    return parts
 
 
 def find_stuck(waits: Waits) -> Stuck | None:
@@ -160,13 +185,7 @@ def find_stuck(waits: Waits) -> Stuck | None:
         pools -= free
     if not pools:
         return None
-    members = search.members(pools)
-    signature = {member: search.waiting_for(member) for member in members}
-    timed = any(
-        isinstance(found, Awaited) and found.timed
-        for found in (search.awaited.get(member) for member in members)
-    )
-    return Stuck(pools, members, signature, timed)
+    return search.stuck(pools)
 
 
 class _Search:
@@ -223,6 +242,26 @@ class _Search:
         if found is None or found.others or not found.tasks:
             return None
         return set(found.tasks), None
+
+    def needed(self, pool: Pool) -> set[Pool]:
+        """The pools one of whose connections must come back first, this one included."""
+        pools, unseen = {pool}, [pool]
+        while unseen:
+            for member in self.members({unseen.pop()}):
+                following = self._next(member)
+                further = following[1] if following is not None else None
+                if further is not None and further not in pools:
+                    pools.add(further)
+                    unseen.append(further)
+        return pools
+
+    def stuck(self, pools: set[Pool]) -> Stuck:
+        """These pools, which are stuck, with everybody through whom that goes."""
+        members = self.members(pools)
+        signature = {member: self.waiting_for(member) for member in members}
+        awaited = (self.awaited.get(member) for member in members)
+        timed = any(found is not None and found.timed for found in awaited)
+        return Stuck(pools, members, signature, timed, frozenset(pools))
 
     def members(self, pools: set[Pool]) -> set[TaskOrThread]:
         """Everybody through whom the proof that these pools are stuck goes."""

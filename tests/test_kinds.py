@@ -133,6 +133,80 @@ def test_what_a_time_limit_ends_is_not_called_endless(way: Way, url: str) -> Non
     assert "never" not in str(verdict) and "time limit" in str(verdict)
 
 
+async def timeout_around_a_task(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(0.8):
+        await asyncio.create_task(twice(engine))
+
+
+async def timeout_around_a_gather(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(0.8):
+        await asyncio.gather(twice(engine))
+
+
+async def timeout_around_a_group(engine: AsyncEngine) -> None:
+    with anyio.move_on_after(0.8):
+        async with anyio.create_task_group() as group:
+            group.start_soon(twice, engine)
+
+
+async def twice(engine: AsyncEngine) -> None:
+    async with engine.connect(), engine.connect():
+        pass
+
+
+@pytest.mark.parametrize(
+    "way",
+    [timeout_around_a_task, timeout_around_a_gather, timeout_around_a_group],
+    ids=named,
+)
+def test_the_time_limit_of_who_awaits_a_stuck_task_is_told(way: Way, url: str) -> None:
+    """It cancels from outside, so a deadlock it is; but nobody may be told that it never ends."""
+
+    async def main() -> Verdict:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        scope = PoolScope(engine)
+        task = asyncio.create_task(way(engine))
+        await asyncio.sleep(0.35)
+        verdict = scope.verdict()
+        await asyncio.wait({task})
+        task.exception()
+        await engine.dispose()
+        return verdict
+
+    verdict = run(main())
+    assert verdict.cause == "deadlock"
+    assert "never" not in str(verdict) and f"{named(way)}, line" in str(verdict)
+
+
+def test_two_deadlocks_are_two(url: str) -> None:
+    """A time limit that ends the deadlock of one engine has nothing to do with that of another."""
+
+    async def main() -> None:
+        engines = [
+            create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None) for _ in "ab"
+        ]
+        limited, endless = (
+            PoolScope(engine, name) for engine, name in zip(engines, "ab", strict=True)
+        )
+
+        async def with_a_limit() -> None:
+            async with asyncio.timeout(0.7):
+                await twice(engines[0])
+
+        tasks = [asyncio.create_task(with_a_limit()), asyncio.create_task(twice(engines[1]))]
+        await endless.deadlock()
+        assert limited.verdict().cause == "deadlock until a timer"
+        await asyncio.wait({tasks[0]})
+        tasks[0].exception()
+        assert [limited.verdict().cause, endless.verdict().cause] == ["healthy", "deadlock"]
+        assert [limited.deadlock_count, endless.deadlock_count] == [0, 1]
+        await cancelled(*tasks)
+        for engine in engines:
+            await engine.dispose()
+
+    run(main())
+
+
 # What may wake a task beside tasks.
 
 
