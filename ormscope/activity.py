@@ -18,7 +18,7 @@ from sqlalchemy.pool import QueuePool
 from ormscope import internals
 from ormscope.internals import awaited_future
 from ormscope.owners import TaskOrThread, name_of
-from ormscope.places import NOWHERE, Place, is_library, is_user_code, place
+from ormscope.places import NOWHERE, Place, is_library, is_users, place
 from ormscope.stacks import sleeping_frames, steps_of
 from ormscope.waitgraph import awaited_tasks
 
@@ -76,7 +76,7 @@ def activity_of(subject: TaskOrThread, dialect: Dialect) -> Activity:
             break
         if filename.startswith((_SQLALCHEMY, *_driver_folders(dialect))):
             return Activity("database")
-        if is_user_code(filename):
+        if is_users(frame):
             break
         what = what or _OWN_WAITS.get(frame.f_code.co_qualname, "")
     else:
@@ -88,7 +88,7 @@ def activity_of(subject: TaskOrThread, dialect: Dialect) -> Activity:
 def _elsewhere(
     subject: TaskOrThread, frames: list[FrameType], what: str, dialect: Dialect
 ) -> Activity:
-    users = [frame for frame in frames if is_user_code(frame.f_code.co_filename)]
+    users = [frame for frame in frames if is_users(frame)]
     own = [frame for frame in users if not is_library(frame.f_code.co_filename)]
     tasks = awaited_tasks(subject) if isinstance(subject, asyncio.Task) else set()
     future = awaited_future(subject) if isinstance(subject, asyncio.Task) else None

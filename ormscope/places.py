@@ -52,6 +52,14 @@ def is_user_code(filename: str) -> bool:
     return _is_user_code[filename]
 
 
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame is of the user's code."""
+    filename = frame.f_code.co_filename
+    if filename == "<string>":  # of `python -c`, or of functions that SQLAlchemy makes from text
+        return not str(frame.f_globals.get("__name__")).startswith("sqlalchemy.")
+    return is_user_code(filename)
+
+
 _MOST_FRAMES = 6
 
 
@@ -62,7 +70,7 @@ def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
 
 def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
     """Of frames, outermost first, those of the user's code, innermost first."""
-    own = (frame for frame in reversed(frames) if is_user_code(frame.f_code.co_filename))
+    own = (frame for frame in reversed(frames) if is_users(frame))
     return tuple((frame.f_code, frame.f_lineno) for frame in islice(own, _MOST_FRAMES))
 
 
@@ -100,7 +108,7 @@ def _add_places(frame: FrameType | None, frames: list[RawPlace]) -> bool:
         user = _is_user_code.get(code.co_filename)
         if user is None:
             user = is_user_code(code.co_filename)
-        if user:
+        if user and (code.co_filename != "<string>" or is_users(frame)):
             frames.append((code, frame.f_lineno))
         elif code is LOOP_STEP:
             return True

@@ -28,7 +28,7 @@ from ormscope.hooks import logger, step_aside
 from ormscope.ledger import Holder, Waiter
 from ormscope.loops import watch_of
 from ormscope.owners import Owner, TaskOrThread
-from ormscope.places import NOWHERE, Place, is_user_code, place
+from ormscope.places import NOWHERE, Place, is_users, place
 from ormscope.reach import Users, users_of
 from ormscope.stacks import steps_of
 from ormscope.waitgraph import Stuck, Waits, awaited_by, find_stuck, find_stuck_parts
@@ -494,7 +494,7 @@ def _limits_of(tasks: Collection[asyncio.Task[Any]], waits: Waits) -> list[Place
             targets.add(id(internals.awaited_future(task)))
         place_now, inside = NOWHERE, False
         for step, frame in steps_of(task):
-            if is_user_code(frame.f_code.co_filename):
+            if is_users(frame):
                 place_now = place((frame.f_code, frame.f_lineno))
             # From here on it is SQLAlchemy that waits, and for the pool with pool_timeout.
             inside |= frame.f_code is greenlet_spawn.__code__ and is_queued
@@ -537,7 +537,7 @@ def _awaiting(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
 
 def _place_of(task: asyncio.Task[Any]) -> Place:
     """The innermost line of the user's code in a task."""
-    users = [frame for _, frame in steps_of(task) if is_user_code(frame.f_code.co_filename)]
+    users = [frame for _, frame in steps_of(task) if is_users(frame)]
     return place((users[-1].f_code, users[-1].f_lineno)) if users else NOWHERE
 
 
