@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.util import await_only
 
 from ormscope import PoolScope, Verdict
+from ormscope.metrics import PoolCollector
 from workshop.database import Server, start_server
 
 SELECT = text("select 1")
@@ -122,6 +123,14 @@ def test_what_a_time_limit_ends_is_not_called_endless(way: Way, url: str) -> Non
         holding = asyncio.create_task(hold())
         await asyncio.sleep(0.35)
         verdict = scope.verdict()
+        told = {
+            sample.labels.get("cause", sample.name): sample.value
+            for metric in PoolCollector(scope).collect()
+            for sample in metric.samples
+        }
+        # The alert that says "restart" looks at these two.
+        assert (told["deadlock"], told["sqlalchemy_pool_deadlocks_total"]) == (0, 0)
+        assert told["deadlock until a timer"] == 1
         await (await holding)
         assert scope.deadlock_count == 0
         assert scope.verdict().cause == "healthy"
