@@ -102,7 +102,7 @@ def _look(loop: asyncio.AbstractEventLoop) -> bool | None:
         ):
             return None
         suspicion = _suspect(watched)
-        if suspicion is not None and _thread_of_investigation.begin(suspicion.signature):
+        if suspicion is not None and _investigation.begin(suspicion.signature):
             threading.Thread(
                 target=_investigate, args=(suspicion, loop), name="ormscope proof", daemon=True
             ).start()
@@ -146,7 +146,7 @@ class _ThreadWatch:
                     return
             try:
                 suspicion = _suspect(watched)
-                if suspicion is not None and _thread_of_investigation.begin(suspicion.signature):
+                if suspicion is not None and _investigation.begin(suspicion.signature):
                     _investigate(suspicion, None)
             except Exception as error:
                 _step_aside(watched, error)
@@ -184,7 +184,7 @@ class _Investigation:
             self._running = False
 
 
-_thread_of_investigation = _Investigation()
+_investigation = _Investigation()
 
 
 class _Movement:
@@ -375,13 +375,20 @@ def _investigate(suspicion: _Suspicion, loop: asyncio.AbstractEventLoop | None) 
             time.sleep(_PAUSE)
             _confirm(finding)
         else:
-            loop.call_soon_threadsafe(_confirm, finding)
-    except RuntimeError:
-        logger.debug("the loop was closed before a deadlock could be proved", exc_info=True)
+            _confirm_on(loop, finding)
     except Exception as error:
         _step_aside(watched, error)
     finally:
-        _thread_of_investigation.end()
+        _investigation.end()
+
+
+def _confirm_on(loop: asyncio.AbstractEventLoop, finding: _Finding) -> None:
+    try:
+        loop.call_soon_threadsafe(_confirm, finding)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+        logger.debug("the loop was closed before a deadlock could be proved")
 
 
 def _confirm(finding: _Finding) -> None:
@@ -435,10 +442,9 @@ def prove_now() -> None:
 _declaring = threading.Lock()
 
 
-def declare(stuck: Stuck, server_timers: tuple[Place, ...] = ()) -> None:
+def declare(stuck: Stuck) -> None:
     """Tell each scope whose pool is part of a proved deadlock."""
     timers, above = timers_of(stuck, waits_of(list(scopes)))
-    timers += server_timers
     about = frozenset(map(id, stuck.about))
     with _declaring:
         told = [

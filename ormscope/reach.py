@@ -67,7 +67,7 @@ _HANDLE_MODULES = (
 
 @dataclass
 class Users:
-    """Who can use a connection. `tasks` and `threads` are alive and have it in a variable, directly or through objects.
+    """Who can use a connection: `subjects` have it in a variable, directly or through objects, and are alive.
 
     `elsewhere` names what else it can be reached from: a module, a callback of the loop. `listed` are tasks and
     threads, and `is_listed` says whether anything, that have it only in a list. `unseen` is true where somebody

@@ -22,7 +22,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from ormscope import Recording, observe, storm
-from ormscope.observe import WorkloadError
+from ormscope.observe import InstrumentError, WorkloadError
 from ormscope.picture import _thinned
 from workshop.database import Server
 
@@ -308,3 +308,21 @@ def test_a_long_curve_is_thinned_without_losing_its_peaks() -> None:
     assert kept_times == sorted(kept_times)
     assert {7.777: 19, 12.345: 0}.items() <= dict(zip(kept_times, kept, strict=True)).items()
     assert _thinned(times[:100], values[:100]) == (times[:100], values[:100])
+
+
+async def breaks_its_instruments(url: str) -> str:
+    from ormscope import PoolScope
+
+    def fail(*about: Any, **more: Any) -> None:
+        raise ZeroDivisionError("the instrument's own")
+
+    PoolScope.trouble = fail  # type: ignore[method-assign]
+    engine = create_async_engine(url)
+    async with engine.connect():
+        await asyncio.sleep(0.3)
+    return "the workload ended well"
+
+
+def test_instruments_that_fail_are_not_silent(server: Server) -> None:
+    with pytest.raises(InstrumentError, match="ZeroDivisionError: the instrument's own"):
+        observe(breaks_its_instruments, server.url, live=False)
