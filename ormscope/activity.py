@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import sqlalchemy
 from sqlalchemy.engine import Dialect
-from sqlalchemy.pool import QueuePool
 
 from ormscope import internals
 from ormscope.internals import awaited_future
@@ -37,9 +36,6 @@ _OWN_WAITS = {
     "Queue.put": "a queue",
     "Queue.join": "a queue",
 }
-
-# In the queue of a pool.
-_IN_LINE = QueuePool._do_get.__code__
 
 Doing = Literal["running", "database", "elsewhere", "idle"]
 
@@ -71,7 +67,7 @@ def activity_of(subject: TaskOrThread, dialect: Dialect) -> Activity:
         filename = frame.f_code.co_filename
         if filename.startswith(_SQLALCHEMYS_BRIDGE):
             continue
-        if frame.f_code is _IN_LINE:
+        if frame.f_code is internals.IN_LINE:
             what = "another pool"  # that of this engine has its own list of those in line
             break
         if filename.startswith((_SQLALCHEMY, *_driver_folders(dialect))):

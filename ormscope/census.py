@@ -9,7 +9,7 @@ import gc
 import inspect
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import (
     AsyncGeneratorType,
@@ -35,11 +35,11 @@ from sqlalchemy.ext.asyncio import (
     async_scoped_session,
 )
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.orm.collections import CollectionAdapter
-from sqlalchemy.orm.instrumentation import ClassManager
 from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import ScopedRegistry
 
+from ormscope import internals, orm_internals
+from ormscope.orm_internals import state_of
 from ormscope.places import is_user_code, place
 from ormscope.stacks import calling_frames, locals_of
 
@@ -69,6 +69,16 @@ _REPORTS: dict[Kind, str] = {
     "cycle": "only one another, in a reference cycle that waits for the garbage collector",
     "unknown": "something that the census does not know",
 }
+# What a census leaves out where a private name is gone: see `internals.missing`.
+_BLIND: dict[orm_internals.Part, str] = {
+    "census": "any mapped object",
+    "unflushed": "which objects a session keeps until it flushes",
+    "collections": "which collections were loaded by a mapped object",
+    "scoped sessions": "which sessions a scoped session has for tasks that have ended",
+    "context variables": "what context variables keep",
+    "callbacks": "what an event loop is to call",
+    "outputs": "which results the notebook keeps because a cell has shown them (Out)",
+}
 _STEP_FRAME = {CoroutineType: "cr_frame", GeneratorType: "gi_frame", AsyncGeneratorType: "ag_frame"}
 _MOST_LEVELS = 15  # of holders above an object; each costs one look at the whole heap
 _TOGETHER = 64  # objects that are looked at in one call
@@ -94,7 +104,9 @@ class SessionCensus:
     With a session, those that belong to it; without, all of this process, detached ones included. The garbage
     collector is not run, so objects in a reference cycle count as long as they are there. `alive` counts them by
     class, `keepers` names for each object one culprit, the nearest: the largest group first. `sessions` counts the
-    sessions that scoped registries hold for tasks that have ended. `str()` is the report.
+    sessions that scoped registries hold for tasks that have ended. `str()` is the report. `blind` says what cannot be
+    seen here, because a private name is gone from SQLAlchemy or IPython; objects that it would be named for are then
+    put down to what keeps it, further up.
 
     It looks through the whole heap several times: some tenths of a second for each million objects. Call it from
     the thread that uses the session. A census holds no reference to anything that it counted. It changes nothing in
@@ -111,7 +123,11 @@ class SessionCensus:
     ) -> None:
         # First of all, so that nothing that is made here is among them.
         heap = gc.get_objects()
-        search = _Search(heap, _passed(session), of_all=session is None)
+        lacking = internals.missing()
+        self.blind = tuple(
+            f"{what}: {lacking[part]} is gone" for part, what in _BLIND.items() if part in lacking
+        )
+        search = _Search(heap, _passed(session), lacking, of_all=session is None)
         self.alive: Counter[str] = Counter(search.names())
         found = Counter(zip(search.names(), search.keepers(), strict=True))
         self.keepers = sorted(
@@ -120,13 +136,14 @@ class SessionCensus:
         self.sessions = len(search.abandoned)
 
     def __str__(self) -> str:
+        blind = [f"cannot see {what}" for what in self.blind]
         if not self.alive and not self.sessions:
-            return "0 objects alive"
+            return "\n".join(blind or ["0 objects alive"])
         lines = [f"{self.alive.total():,} objects alive, kept by"] if self.alive else []
         lines += [f"  {one}" for one in self.keepers]
         if self.sessions:
             lines.append(f"{self.sessions:,} scoped sessions kept for tasks that have ended")
-        return "\n".join(lines)
+        return "\n".join([*lines, *blind])
 
 
 def _passed(session: Any) -> Any:
@@ -163,7 +180,7 @@ _ROLES: tuple[tuple[_Role, type], ...] = (
     *(("result", kind) for kind in (Result, AsyncResult, AsyncScalarResult)),
     ("registry", ScopedRegistry),
     ("context", contextvars.Context),
-    ("cache", functools._lru_cache_wrapper),
+    ("cache", type(functools.lru_cache(len))),
     ("callback", asyncio.Handle),
     ("greenlet", greenlet.greenlet),
 )
@@ -183,7 +200,8 @@ class _Types:
     metaclass can define how its classes compare. So this goes by the id of the type that the interpreter goes by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lacking: Collection[str]) -> None:
+        self._lacking = lacking
         self._roles: dict[int, _Role] = {}
         self.getters: dict[int, Any] = {}
 
@@ -208,14 +226,15 @@ class _Types:
     def _learn(self, kind: type) -> _Role:
         for base in _bases(kind):
             defined = _attributes(base)
-            if _is_subclass(ClassManager, type(defined.get("_sa_class_manager"))):
+            if "census" not in self._lacking and orm_internals.is_mapped(defined):
                 return "mapped"
-            if "_sa_adapter" in defined and defined["_sa_adapter"] is None:
+            if "collections" not in self._lacking and orm_internals.is_collection(defined):
                 return "collection"  # SQLAlchemy has made it one
         for role, wanted in _ROLES:
             if _is_subclass(wanted, kind):
-                return role
-        return "context's node" if _name(kind).startswith("hamt") else "anything"
+                blind = role == "callback" and "callbacks" in self._lacking
+                return "anything" if blind else role
+        return "context's node" if orm_internals.is_of_a_context(_name(kind)) else "anything"
 
 
 _UNKNOWN = _Root("unknown", "")
@@ -228,8 +247,11 @@ class _Search:
     to an object are counted, these are ours.
     """
 
-    def __init__(self, heap: list[Any], session: Session | None, *, of_all: bool) -> None:
-        self._types = _Types()
+    def __init__(
+        self, heap: list[Any], session: Session | None, lacking: Collection[str], *, of_all: bool
+    ) -> None:
+        self._lacking = lacking
+        self._types = _Types(lacking)
         self._namespaces, self._outputs = _namespaces(self._types)
         self._frozen = self._add_frozen(heap)
         self._heap = heap
@@ -297,13 +319,14 @@ class _Search:
             if (role := types.role(value)) in _OF_INTEREST:
                 members[role].append(value)
         # What unpickling, or a class that is made without its __init__, has not finished has no state.
-        states = [(mapped, _state(mapped)) for mapped in members["mapped"]]
+        states = [(mapped, state_of(mapped)) for mapped in members["mapped"]]
         self.counted = [
             mapped
             for mapped, state in states
             if state is not None and (of_all or (session is not None and state.session is session))
         ]
-        self.abandoned = set(_abandoned_sessions(members["registry"]))
+        known = () if "scoped sessions" in self._lacking else members["registry"]
+        self.abandoned = set(_abandoned_sessions(known))
         # By the ids of their dicts. They are looked at apart, see _held_by.
         self._modules = {id(types.attributes(module)): module for module in members["module"]}
         self._heap[:] = [value for value in self._heap if types.role(value) != "module"]
@@ -331,18 +354,12 @@ class _Search:
 
     def _root_in_session(self, mapped: Any) -> _Root | None:
         """What to say of an object that its session itself keeps; None for one that it only knows."""
-        state = _state(mapped)
+        state = state_of(mapped)
         session = None if state is None else state.session
-        if state is None or session is None:
+        if state is None or session is None or "unflushed" in self._lacking:
             return None
-        kind: Kind
-        if state in session._new:
-            kind = "new"
-        elif state in session._deleted:
-            kind = "deleted"
-        elif state._strong_obj is not None:
-            kind = "modified"
-        else:
+        kind = orm_internals.unflushed(session, state)
+        if kind is None:
             return None
         return _Root("scoped registry" if id(session) in self.abandoned else kind, "")
 
@@ -446,10 +463,9 @@ class _Search:
 
     def _owner(self, held: Any, collection: Any) -> Iterator[Any]:
         """The mapped object that has loaded this collection."""
-        adapter = object.__getattribute__(collection, "_sa_adapter")
-        owner = adapter.owner_state.obj() if type(adapter) is CollectionAdapter else None
-        if owner is not None and self._types.attributes(owner).get(adapter._key) is collection:
-            through = f"{_name(type(owner))}.{adapter._key}"
+        owner, key = orm_internals.owner_of(collection)
+        if owner is not None and self._types.attributes(owner).get(key) is collection:
+            through = f"{_name(type(owner))}.{key}"
             self._labels[id(owner), id(held)] = _Root("collection", through)
             yield owner
 
@@ -560,27 +576,10 @@ class _Search:
         }
 
 
-def _state(mapped: Any) -> InstanceState[Any] | None:
-    """SQLAlchemy's record of a mapped object, got without a call of the user's code.
-
-    To ask for `__dict__` would make a dict, where the interpreter has none yet.
-    """
-    try:
-        state: InstanceState[Any] = object.__getattribute__(mapped, "_sa_instance_state")
-    except AttributeError:
-        return None
-    return state
-
-
 def _abandoned_sessions(registries: Iterable[Any]) -> Iterator[int]:
     """The ids of the sessions that scoped registries hold for tasks that have ended."""
     for registry in registries:
-        try:
-            sessions = ScopedRegistry.__dict__["registry"].__get__(registry)
-        except AttributeError:
-            continue  # somebody is just making it
-        # A registry by thread has a threading.local, from which sessions go together with their threads.
-        for scope, session in list(sessions.items()) if type(sessions) is dict else ():
+        for scope, session in list(orm_internals.registered(registry).items()):
             if _is_subclass(asyncio.Task, type(scope)) and asyncio.Task.done(scope):
                 yield id(_plain(session))
 
@@ -619,16 +618,12 @@ def _namespaces(types: _Types) -> tuple[dict[int, str], Any]:
         for name, module in list(sys.modules.items())
         if (variables := types.attributes(module))
     }
-    outputs = None
-    if "IPython" in sys.modules:
-        from IPython.core.getipython import get_ipython
-
-        shell = get_ipython()
-        if shell is not None:
-            outputs = shell.user_ns["_oh"]
-            found[id(shell.user_ns)] = "the notebook"
-            found[id(outputs)] = found[id(shell.user_ns_hidden)] = "Out"
-    return found, outputs
+    shell = orm_internals.shell()
+    if shell is None:
+        return found, None
+    found[id(shell.variables)] = "the notebook"
+    found[id(shell.outputs)] = found[id(shell.hidden)] = "Out"
+    return found, shell.outputs
 
 
 def _in_step(held: Any, step: Any) -> _Root | None:
@@ -701,8 +696,7 @@ def _users_callback(held: Any, handle: Any) -> str | None:
 
     To wake up whoever waits is a call as well, but then it is not the event loop that keeps what he has.
     """
-    slots = asyncio.Handle.__dict__
-    callback, arguments = slots["_callback"].__get__(handle), slots["_args"].__get__(handle)
+    callback, arguments = internals.callback_of(handle)
     function = _function(callback)
     if type(function) is FunctionType:
         if not is_user_code(function.__code__.co_filename):

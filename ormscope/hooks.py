@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import Pool
 
-from ormscope.internals import POOL_HOOKS, STATEMENT_HOOKS, is_asynchronous, must_wait
+from ormscope.internals import (
+    CLOSE,
+    CONNECT_ANEW,
+    GIVE_BACK,
+    OPEN,
+    POOL_HOOKS,
+    STATEMENT_HOOKS,
+    TAKE,
+    is_asynchronous,
+    must_wait,
+)
 
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
@@ -187,7 +197,7 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
 def _open(hook: _Hook, original: _Method) -> _Method:
     """`_create_connection`, and `_invoke_creator`, by which also an existing place is connected anew."""
     owner: Callable[[], Any] = hook.owner
-    is_the_attempt = hook.name == "_invoke_creator"
+    is_the_attempt = hook.name == CONNECT_ANEW
 
     def create_connection(*arguments: Any) -> Any:
         pool = owner()
@@ -275,11 +285,11 @@ def _execute(hook: _Hook, original: _Method) -> _Method:
 _MAKERS: dict[str, Callable[[_Hook, _Method], _Method]] = {
     "connect": _connect,
     "recreate": _recreate,
-    "_do_get": _do_get,
-    "_do_return_conn": _do_return_conn,
-    "_create_connection": _open,
-    "_invoke_creator": _open,
-    "_close_connection": _close_connection,
+    TAKE: _do_get,
+    GIVE_BACK: _do_return_conn,
+    OPEN: _open,
+    CONNECT_ANEW: _open,
+    CLOSE: _close_connection,
     "do_execute": _execute,
     "do_executemany": _execute,
     "do_execute_no_params": _execute,

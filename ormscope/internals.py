@@ -1,38 +1,44 @@
-"""The private names of SQLAlchemy, asyncio and anyio that PoolScope reads: here, and nowhere else.
+"""The private names of SQLAlchemy's pool, asyncio and anyio that PoolScope reads: here, and nowhere else.
 
-Each is read by a function of its own, and `missing()` looks for all of them once, when the first scope is made:
-where a name is gone, the part that needs it is switched off and the verdict says so, instead of guessing.
+Those of the ORM and of IPython, which SessionCensus reads, are in `orm_internals`. Each is read by a function of
+its own, and `missing()` looks for all of them whenever a scope or a census is made: where a name is gone, the part
+that needs it is switched off and the report says so, instead of guessing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FrameType, ModuleType
-from typing import Any
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, Literal
 
-from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.engine import Connection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.pool import base as pool_base
 from sqlalchemy.util import ScopedRegistry
+from sqlalchemy.util.concurrency import greenlet_spawn
+from sqlalchemy.util.queue import AsyncAdaptedQueue, Queue
+
+from ormscope import orm_internals
 
 # What a pool is watched by. Each may be replaced on the pool itself, so its class stays what it was.
-POOL_HOOKS = (
-    "connect",
-    "recreate",
-    "_do_get",
-    "_do_return_conn",
-    "_create_connection",
-    "_invoke_creator",
-    "_close_connection",
-)
+TAKE, GIVE_BACK, CLOSE = "_do_get", "_do_return_conn", "_close_connection"
+OPEN, CONNECT_ANEW = "_create_connection", "_invoke_creator"
+POOL_HOOKS = ("connect", "recreate", TAKE, GIVE_BACK, OPEN, CONNECT_ANEW, CLOSE)
 STATEMENT_HOOKS = ("do_execute", "do_executemany", "do_execute_no_params")
 
-# SQLAlchemy.
+
+def _code(owner: object, name: str) -> CodeType | None:
+    """The code of a method; None if it is gone, and then no frame is one of it."""
+    return getattr(getattr(owner, name, None), "__code__", None)
+
+
+# SQLAlchemy's pool.
+
+IN_LINE = _code(QueuePool, TAKE)
 
 
 def capacity_of(pool: Pool) -> int | None:
@@ -87,7 +93,12 @@ def idle_records(pool: Pool) -> list[ConnectionPoolEntry]:
     return [record for record in list(waiting) if record.dbapi_connection is not None]
 
 
-# asyncio.
+def greenlet_of(variables: dict[str, Any]) -> Any:
+    """The greenlet in which `greenlet_spawn`, whose variables are given, runs SQLAlchemy's synchronous code."""
+    return variables.get("context")
+
+
+# asyncio and anyio.
 
 
 def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
@@ -139,7 +150,9 @@ def awaited_by_group(
     group = variables(frame).get("self")
     if getattr(group, "_on_completed_fut", None) is not future:
         return None
-    return set(group._tasks)  # type: ignore[union-attr]
+    # Where anyio has another name for it, nobody knows who may end this: nothing is proved through it.
+    tasks = getattr(group, "_tasks", None)
+    return None if tasks is None else set(tasks)
 
 
 def awaited_by_wait(
@@ -200,7 +213,8 @@ def ready_handles(loop: asyncio.AbstractEventLoop) -> list[asyncio.Handle] | Non
 
 def callback_of(handle: asyncio.Handle) -> tuple[Any, tuple[Any, ...]]:
     """What an event loop will call, and with which arguments; None for a call that was cancelled."""
-    return handle._callback, tuple(handle._args or ())  # type: ignore[attr-defined]
+    slots = asyncio.Handle.__dict__  # asked like this, no code of the user's runs
+    return slots["_callback"].__get__(handle), slots["_args"].__get__(handle) or ()
 
 
 def limits_of(value: object) -> bool:
@@ -209,7 +223,7 @@ def limits_of(value: object) -> bool:
         return value.when() is not None and not value.expired()
     # A module that is just being imported has nothing yet.
     scope = getattr(_anyio(), "CancelScope", None)
-    return scope is not None and isinstance(value, scope) and value._deadline != float("inf")
+    return scope is not None and isinstance(value, scope) and value.deadline != float("inf")
 
 
 def _anyio() -> ModuleType | None:
@@ -237,39 +251,109 @@ _SHIELD_CODES = _codes(asyncio.shield)
 _CHAIN_CODES = _codes(getattr(asyncio.futures, "_chain_future", asyncio.shield)) - _SHIELD_CODES
 _WAIT = vars(asyncio.tasks).get("_wait")
 _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_for) if function)
-LOOP_STEP = asyncio.Handle._run.__code__
+LOOP_STEP = _code(asyncio.Handle, "_run")
 
 # The self-test.
 
-_NEEDED: dict[str, list[tuple[object, str]]] = {
+PoolsPart = Literal["watching", "proof", "anyio's groups", "server"]
+Part = PoolsPart | orm_internals.Part
+if sys.version_info >= (3, 13):
+    _ITERATOR = getattr(asyncio.tasks, "_AsCompletedIterator", None)
+    _OF_AS_COMPLETED = [
+        (asyncio.tasks, "_AsCompletedIterator"),
+        (_ITERATOR, "_wait_for_one"),
+        (getattr(_ITERATOR, "__init__", None), "_todo"),
+        (getattr(_ITERATOR, "__init__", None), "_timeout_handle"),
+    ]
+else:
+    _OF_AS_COMPLETED = [
+        (asyncio.as_completed, name) for name in ("_wait_for_one", "todo", "done", "timeout")
+    ]
+_OF_GROUPS = ("_on_completed_fut", "_tasks")
+# A function stands for its variables, and for the attributes that it reads and sets.
+_NEEDED: dict[Part, list[tuple[object, str]]] = {
     "watching": [
-        *((Pool, name) for name in POOL_HOOKS if name != "_invoke_creator"),
+        *((Pool, name) for name in POOL_HOOKS if name != CONNECT_ANEW),
+        (Pool, "_is_asyncio"),
         (QueuePool, "_inc_overflow"),
-        (pool_base._ConnectionFairy, "_connection_record"),
-        (pool_base._ConnectionRecord, "fairy_ref"),
+        (QueuePool.__init__, "_overflow"),
+        (QueuePool.__init__, "_max_overflow"),
+        (QueuePool.__init__, "_pool"),
+        (pool_base, "_ConnectionFairy"),
+        (getattr(pool_base, "_ConnectionFairy", None), "_connection_record"),
+        (pool_base, "_ConnectionRecord"),
+        (getattr(pool_base, "_ConnectionRecord", None), "fairy_ref"),
+        (Connection, "_dbapi_connection"),
     ],
     "proof": [
         (asyncio.Task, "_fut_waiter"),
         (asyncio.Future, "_callbacks"),
         (asyncio.tasks, "_GatheringFuture"),
+        (getattr(_GATHERING, "__init__", None), "_children"),
         (asyncio.tasks, "_wait"),
+        *((_WAIT, name) for name in ("waiter", "fs", "timeout_handle")),
+        (asyncio.shield, "inner"),
+        *_OF_AS_COMPLETED,
         (asyncio.futures, "_chain_future"),
+        *((asyncio.TaskGroup.__init__, name) for name in _OF_GROUPS),
+        (asyncio.BaseEventLoop.__init__, "_ready"),
+        (asyncio.BaseEventLoop.__init__, "_scheduled"),
+        (asyncio.Handle, "_run"),
+        (asyncio.Handle, "_callback"),
+        (asyncio.Handle, "_args"),
         (ScopedRegistry, "__call__"),
+        (greenlet_spawn, "context"),
     ],
+    "server": [
+        (Pool, "_creator"),
+        (Queue, "queue"),
+        (AsyncAdaptedQueue, "_queue"),
+        (asyncio.Queue, "_init"),
+        (getattr(asyncio.Queue, "_init", None), "_queue"),
+    ],
+    "callbacks": [(asyncio.Handle, "_callback"), (asyncio.Handle, "_args")],
+    **orm_internals.NEEDED,
 }
 
 
-@functools.cache
-def missing() -> dict[str, str]:
-    """The parts that cannot work here, and the name that each lacks: "watching", "proof"."""
-    found: dict[str, str] = {}
+def missing() -> dict[Part, str]:
+    """The parts that cannot work here, and the name that each lacks."""
+    found: dict[Part, str] = {}
     for part, names in _NEEDED.items():
         for owner, name in names:
-            annotated = getattr(owner, "__annotations__", {})
-            if not hasattr(owner, name) and name not in annotated:
-                found.setdefault(part, f"{getattr(owner, '__name__', owner)}.{name}")
-    wait = None if _WAIT is None else _WAIT.__code__
-    variables = () if wait is None else (*wait.co_varnames, *wait.co_cellvars)
-    if not {"waiter", "fs", "timeout_handle"} <= set(variables):
-        found.setdefault("proof", "the variables of asyncio.tasks._wait")
-    return found
+            if not _has(owner, name):
+                found.setdefault(part, _called(owner, name))
+    group = getattr(_anyio(), "TaskGroup", None)
+    if group is not None:
+        for name in _OF_GROUPS:
+            if not _has(group.__init__, name):
+                found.setdefault("anyio's groups", _called(group.__init__, name))
+    return found | orm_internals.missing()
+
+
+def _has(owner: object, name: str) -> bool:
+    if isinstance(owner, FunctionType):
+        code = owner.__code__
+        return name in {*code.co_varnames, *code.co_cellvars, *code.co_names}
+    # Some names are nowhere but in the annotations of a class. They are not evaluated: that may need a type checker.
+    return hasattr(owner, name) or any(
+        name in annotated for annotated in map(_annotated, getattr(owner, "__mro__", (owner,)))
+    )
+
+
+if sys.version_info >= (3, 14):
+    from annotationlib import Format, get_annotations
+
+    def _annotated(owner: Any) -> Iterable[str]:
+        return get_annotations(owner, format=Format.FORWARDREF) if isinstance(owner, type) else ()
+
+else:
+
+    def _annotated(owner: Any) -> Iterable[str]:
+        return getattr(owner, "__annotations__", ())
+
+
+def _called(owner: object, name: str) -> str:
+    if isinstance(owner, FunctionType):
+        return f"{owner.__module__}.{owner.__qualname__}'s {name}"
+    return f"{getattr(owner, '__name__', owner)}.{name}"

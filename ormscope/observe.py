@@ -19,6 +19,7 @@ import cloudpickle
 from ormscope.forks import CAN_FORK, Process, forked, spawned
 from ormscope.ledger import Sample
 from ormscope.memory import MemorySample, MemoryScope
+from ormscope.orm_internals import show_as
 from ormscope.places import is_cell
 from ormscope.recording import Curve, ObjectsSample, PoolCurve, Recording
 from ormscope.storm import Request
@@ -296,7 +297,7 @@ def _carried_over(
     )
     error.__cause__ = WorkloadTraceback("\n".join(lines))
     # IPython shows what this returns instead of the frames of this module.
-    error._render_traceback_ = lambda: lines  # type: ignore[attr-defined]
+    show_as(error, lines)
     return error
 
 

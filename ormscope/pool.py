@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection
+from typing import get_args
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -90,6 +91,10 @@ class PoolScope:
             self.failure = f"{self.lacking['watching']} is gone from SQLAlchemy"
             logger.error("PoolScope %r watches nothing: %s", self.name, self.failure)
             return
+        for part in get_args(internals.PoolsPart):
+            if part in self.lacking:
+                name = self.lacking[part]
+                logger.warning("PoolScope %r works without %s: %s is gone", self.name, part, name)
         proof.scopes.add(self)
         attach(self, self.engine)
 

@@ -154,6 +154,8 @@ async def ask(scope: PoolScope) -> ServerReport:
     try:
         if dialect.name != "postgresql":
             raise _CannotTell(f"only PostgreSQL says who waits for whom; this is {dialect.name}")
+        if "server" in scope.lacking:
+            raise _CannotTell(f"{scope.lacking['server']} is gone")
         if scope.failure:
             raise _CannotTell(f"this PoolScope has stepped aside ({scope.failure})")
         async with asyncio.timeout(_SECONDS):

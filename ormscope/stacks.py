@@ -18,6 +18,7 @@ from typing import Any
 import greenlet
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from ormscope.internals import greenlet_of
 from ormscope.owners import TaskOrThread
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
@@ -59,7 +60,7 @@ def greenlet_frames(frame: FrameType) -> list[FrameType]:
     if frame.f_code is not greenlet_spawn.__code__:
         return []
     # Asked from another thread, the task may have woken and gone on meanwhile.
-    context = locals_of(frame).get("context")
+    context = greenlet_of(locals_of(frame))
     return _down_from(context.gr_frame if context is not None else None)
 
 
