@@ -616,6 +616,9 @@ def _follow(values: Iterable[Any], visit: Callable[[Any], object]) -> None:
             held: Iterable[Any] = value.__closure__ or ()
         elif isinstance(value, functools.partial):
             held = (value.func, value.args, value.keywords)
+        elif isinstance(value, (list, set, dict)) and len(value) > _CALLBACK_NODES:
+            # The children of a large gather: among them, whoever awaits it would not be come to any more.
+            held = ()
         else:
             held = (item for item in gc.get_referents(value) if gc.is_tracked(item))
         owner = getattr(value, "__self__", None)

@@ -2,6 +2,19 @@
 
 To note the stack whenever somebody begins to wait would cost the waiter, and the garbage collector, far
 more than the wait itself; a sleeper's stack can be read later, when somebody asks for it.
+
+Python 3.14 has `asyncio.capture_call_graph(task)` for this, which also tells who awaits the task. It is as fast as
+the walk here (3,000 tasks in the queue of a pool: 23 to 43 ms, the walk 34 to 67 ms), and neither the walk nor the
+proof's way up from a stuck task (`proof.py`) can be made with it, as of 3.14.10; tests/test_call_graph.py holds that:
+
+- Each call also goes up to all who await the task, and cannot be told not to. It goes there once for each path: with
+  two tasks in each of 16 layers that wait for the layer below, one call takes 0.27 s, and twice that for each layer
+  more. Where tasks await one another, as in the deadlocks looked for here, or in a chain of 1,000, it raises
+  RecursionError. A proof runs on the loop, and has to end.
+- It stops before an `async for`, at an object's `__await__`, and before SQLAlchemy's greenlet, where the user's own
+  line may be behind that; and it has the frames, not the coroutines, from whose stacks time limits are read.
+- Of who awaits a task it knows what asyncio itself notes, not who is woken by a callback of the program's; so it
+  could only be a second answer beside the proof's own, not take its place.
 """
 
 from __future__ import annotations

@@ -152,6 +152,11 @@ async def timeout_around_a_gather(engine: AsyncEngine) -> None:
         await asyncio.gather(twice(engine))
 
 
+async def timeout_around_a_large_gather(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(0.8):
+        await asyncio.gather(*(twice(engine) for _ in range(200)))
+
+
 async def timeout_around_a_group(engine: AsyncEngine) -> None:
     with anyio.move_on_after(0.8):
         async with anyio.create_task_group() as group:
@@ -165,7 +170,12 @@ async def twice(engine: AsyncEngine) -> None:
 
 @pytest.mark.parametrize(
     "way",
-    [timeout_around_a_task, timeout_around_a_gather, timeout_around_a_group],
+    [
+        timeout_around_a_task,
+        timeout_around_a_gather,
+        timeout_around_a_large_gather,
+        timeout_around_a_group,
+    ],
     ids=named,
 )
 def test_the_time_limit_of_who_awaits_a_stuck_task_is_told(way: Way, url: str) -> None:
@@ -199,7 +209,7 @@ def test_two_deadlocks_are_two(url: str) -> None:
         )
 
         async def with_a_limit() -> None:
-            async with asyncio.timeout(0.7):
+            async with asyncio.timeout(2):
                 await twice(engines[0])
 
         tasks = [asyncio.create_task(with_a_limit()), asyncio.create_task(twice(engines[1]))]
