@@ -273,7 +273,7 @@ _OF_GROUPS = ("_on_completed_fut", "_tasks")
 # A function stands for its variables, and for the attributes that it reads and sets.
 _NEEDED: dict[Part, list[tuple[object, str]]] = {
     "watching": [
-        *((Pool, name) for name in POOL_HOOKS if name != CONNECT_ANEW),
+        *((Pool, name) for name in POOL_HOOKS),
         (Pool, "_is_asyncio"),
         (QueuePool, "_inc_overflow"),
         (QueuePool.__init__, "_overflow"),
