@@ -12,17 +12,16 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from helpers import SELECT, price_of, run, until
+from sqlalchemy import create_engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
 from ormscope import PoolScope
 from ormscope.ledger import Ledger
 from workshop.database import Server
 
-SELECT = text("select 1")
-PATIENCE = 30  # seconds; only a broken instrument takes so long
 ASKED = {"held", "holds", "queue", "pools_in_demand", "is_exhausted"}
 # What the hooks call.
 TOLD = [
@@ -30,15 +29,6 @@ TOLD = [
     for name, value in vars(Ledger).items()
     if callable(value) and name[0] != "_" and name not in ASKED
 ]
-
-
-def run(main: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
-
-
-async def ask(engine: AsyncEngine) -> None:
-    async with engine.connect() as connection:
-        await connection.execute(SELECT)
 
 
 def ask_in_thread(engine: Any) -> None:
@@ -87,16 +77,16 @@ def test_whatever_raises_in_a_ledger_no_request_fails(
             fail()
 
         monkeypatch.setattr(Ledger, name, fails)
-        await asyncio.gather(*(ask(engine) for _ in range(8)))  # six of them wait
+        await asyncio.gather(*(price_of(engine) for _ in range(8)))  # six of them wait
         await engine.dispose()
         event.listen(engine.sync_engine, "do_connect", refuse)
         with pytest.raises(OSError, match="nobody is there"):
-            await ask(engine)
+            await price_of(engine)
         event.remove(engine.sync_engine, "do_connect", refuse)
         assert calls[name] == 1, "and then it is not asked any more"
         check_that_it_stepped_aside(scope, logged)
         monkeypatch.undo()
-        await ask(engine)
+        await price_of(engine)
         assert engine.pool.checkedout() == 0
         await engine.dispose()
 
@@ -137,7 +127,7 @@ def test_a_look_that_fails_on_the_loop_steps_aside(
         scope = PoolScope(engine)
         monkeypatch.setattr("ormscope.proof._suspect", fail)
         async with engine.connect():
-            waiting = asyncio.create_task(ask(engine))
+            waiting = asyncio.create_task(price_of(engine))
             await asyncio.sleep(0.2)
         await waiting
         check_that_it_stepped_aside(scope, logged)
@@ -169,7 +159,7 @@ def test_attaching_and_closing_while_connections_are_opened(server: Server, late
         for number in range(20):
             engine = create_async_engine(server.url, pool_size=5)
             scope = None if late else PoolScope(engine)
-            tasks = [asyncio.create_task(ask(engine)) for _ in range(5)]
+            tasks = [asyncio.create_task(price_of(engine)) for _ in range(5)]
             await asyncio.sleep(0.003 * number)
             if scope is None:
                 scope = PoolScope(engine)
@@ -222,7 +212,7 @@ def test_what_somebody_else_put_on_the_pool_stays(url: str) -> None:
 
         engine.pool.connect = counted  # type: ignore[method-assign]
         scope = PoolScope(engine)
-        await ask(engine)
+        await price_of(engine)
         assert (len(calls), scope.checkouts) == (1, 1)
         scope.close()
         assert engine.pool.connect is counted
@@ -239,12 +229,11 @@ def test_a_clone_of_the_engine_is_watched_too(url: str) -> None:
         async with engine.connect() as connection:
             await connection.execute(SELECT)
             assert [holder.last_sql for holder in scope.holders] == ["select 1"]
-            waiting = asyncio.create_task(ask(clone))
-            while not scope.waiters:
-                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(price_of(clone))
+            await until(lambda: scope.waiters)
         await waiting
         await clone.dispose()  # gives both a new pool
-        await ask(engine)
+        await price_of(engine)
         assert scope.checkouts == 3
         await engine.dispose()
 
@@ -259,7 +248,7 @@ def test_pools_that_do_not_pool_are_never_called_starved(url: str, pool: Any) ->
         async with engine.connect() as outer:
             await outer.execute(SELECT)
             if pool is NullPool:
-                await ask(engine)
+                await price_of(engine)
         assert scope.verdict().cause == "healthy"
         assert (scope.capacity, scope.waiters, scope.deadlocks) == (None, [], [])
         assert "no limit" in str(scope.verdict())
@@ -309,7 +298,7 @@ def test_nothing_is_kept_of_what_is_over(url: str) -> None:
         scope = PoolScope(engine)
         for _ in range(30):
             outcomes = await asyncio.gather(
-                *(ask(engine) for _ in range(20)), return_exceptions=True
+                *(price_of(engine) for _ in range(20)), return_exceptions=True
             )
             assert {type(outcome) for outcome in outcomes} <= {type(None), PoolTimeoutError}
         ledger = scope.ledger
@@ -332,7 +321,7 @@ def test_a_connect_that_fails_in_a_listener_counts_once(url: str) -> None:
         event.listen(engine.sync_engine, "do_connect", refuse)
         for _ in range(3):
             with pytest.raises(OSError):
-                await ask(engine)
+                await price_of(engine)
         assert scope.connects_failed == 3
         await engine.dispose()
 

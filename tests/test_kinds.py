@@ -14,7 +14,8 @@ from typing import Any
 
 import anyio
 import pytest
-from sqlalchemy import create_engine, event, text
+from helpers import SELECT, cancelled, price_of, run, until
+from sqlalchemy import create_engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -29,34 +30,12 @@ from ormscope import PoolScope, Verdict
 from ormscope.metrics import PoolCollector
 from workshop.database import Server, start_server
 
-SELECT = text("select 1")
-PATIENCE = 30  # seconds; only a broken instrument takes so long
 Way = Callable[..., Coroutine[Any, Any, Any]]
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
 
 
 def named(way: Any) -> str:
     name: str = way.__name__
     return name
-
-
-async def price_of(engine: AsyncEngine) -> None:
-    async with engine.connect() as connection:
-        await connection.execute(SELECT)
-
-
-async def cancelled(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 # Time limits of the caller's own.

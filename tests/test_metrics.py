@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from statistics import mode
 from typing import Any, get_args
 
 import pytest
+from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from leftovers import assert_nothing_is_left, await_that
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.openmetrics import exposition as openmetrics
@@ -45,19 +46,6 @@ from workshop.prometheus import (
     hurried,
     parsed,
 )
-
-SELECT = text("select 1")
-PATIENCE = 60  # seconds; only a broken instrument takes so long
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def registered(*pools: PoolScope, loop: LoopScope | None = None) -> CollectorRegistry:
@@ -88,22 +76,11 @@ def buckets(registry: CollectorRegistry, histogram: str) -> dict[float, float]:
     }
 
 
-async def use(engine: AsyncEngine) -> None:
-    async with engine.connect() as connection:
-        await connection.execute(SELECT)
-
-
 async def hold_and_ask(engine: AsyncEngine, meet: asyncio.Barrier) -> None:
     async with engine.connect() as outer:
         await outer.execute(SELECT)
         await meet.wait()
-        await use(engine)
-
-
-async def cancelled(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        await price_of(engine)
 
 
 # Each metric on a pool in a known state
@@ -123,7 +100,7 @@ def test_metrics_of_an_idle_pool(url: str) -> None:
     async def main() -> None:
         engine = create_async_engine(url, pool_size=2, max_overflow=1)
         registry = registered(PoolScope(engine))
-        await asyncio.gather(use(engine), use(engine))
+        await asyncio.gather(price_of(engine), price_of(engine))
         found = values(registry)
         assert found.pop("hold_seconds_sum") > 0
         assert found.pop("healthy") == 1
@@ -158,7 +135,7 @@ def test_who_holds_and_who_waits(url: str) -> None:
         async with engine.connect():
             await asyncio.sleep(0.3)
             async with engine.connect():
-                waiter = asyncio.create_task(use(engine))
+                waiter = asyncio.create_task(price_of(engine))
                 await until(lambda: scope.waiters)
                 await asyncio.sleep(0.15)
                 found = values(registry)
@@ -188,8 +165,8 @@ def test_timeouts_and_waits_that_were_given_up(url: str) -> None:
         registry = registered(scope)
         async with engine.connect():
             with pytest.raises(PoolTimeoutError):
-                await use(engine)
-            waiter = asyncio.create_task(use(engine))
+                await price_of(engine)
+            waiter = asyncio.create_task(price_of(engine))
             await until(lambda: scope.waiters)
             await cancelled(waiter)
         found = values(registry)
@@ -234,7 +211,7 @@ async def full(engine: AsyncEngine, scope: PoolScope, nested: bool) -> AsyncIter
         tasks.append(asyncio.create_task(hold_and_ask(engine, meet) if nested else hold()))
     await until(lambda: scope.checked_out == 2)
     if not nested:
-        tasks += [asyncio.create_task(use(engine)) for _ in range(2)]
+        tasks += [asyncio.create_task(price_of(engine)) for _ in range(2)]
     await until(lambda: len(scope.waiters) == 2)
     yield
     go_on.set()
@@ -329,7 +306,7 @@ def test_the_exposition_is_one(url: str) -> None:
     async def main() -> None:
         engine = create_async_engine(url)
         registry = registered(PoolScope(engine), loop=LoopScope())
-        await use(engine)
+        await price_of(engine)
         families = list(text_string_to_metric_families(generate_latest(registry).decode()))
         assert len(families) == 15
         again = list(openmetrics_families(openmetrics.generate_latest(registry).decode()))
@@ -368,7 +345,7 @@ def test_a_blocked_loop_is_scraped_while_it_is_blocked(url: str) -> None:
             seen.append(parsed(ask(server.server_port, timeout=10)))
 
         async with engine.connect():
-            waiter = asyncio.create_task(use(engine))
+            waiter = asyncio.create_task(price_of(engine))
             await until(lambda: scope.waiters)
             looker = threading.Thread(target=look)
             looker.start()
@@ -426,7 +403,7 @@ def test_no_false_deadlock_for_who_asks_from_another_thread(url: str) -> None:
 
         async def work() -> None:
             for _ in range(150):
-                await use(engine)
+                await price_of(engine)
 
         looker = threading.Thread(target=look)
         looker.start()
@@ -473,7 +450,7 @@ def test_scraped_while_it_works(server: Server) -> None:
             one.start()
         try:
             for _ in range(3):
-                await asyncio.gather(*(use(engine) for _ in range(50)))
+                await asyncio.gather(*(price_of(engine) for _ in range(50)))
         finally:
             done.set()
             for one in lookers:
@@ -563,7 +540,7 @@ def start_prometheus(port: int) -> Prometheus:
 async def nested_order(engine: AsyncEngine) -> None:
     async with engine.connect() as outer:
         await outer.execute(SELECT)
-        await use(engine)
+        await price_of(engine)
 
 
 async def report_again_and_again(engine: AsyncEngine, seconds: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -21,20 +22,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from ormscope import PoolScope, storm
 from workshop.database import Server
-
-SELECT = text("select 1")
-PATIENCE = 20  # seconds; only a broken instrument takes so long
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run a test's coroutine, but not for ever."""
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
-
-
-async def price_of(engine: AsyncEngine) -> None:
-    async with engine.connect() as inner:
-        await inner.execute(SELECT)
-
 
 # Ways for a task that holds a connection to wait for one that another line asks for.
 
@@ -112,12 +99,6 @@ async def hold_and_ask(
         await way(engine)
 
 
-async def cancelled(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_deadlock_is_proved_however_the_holder_waits(
     url: str, way: Callable[[AsyncEngine], Coroutine[Any, Any, None]]
@@ -138,7 +119,7 @@ def test_deadlock_is_proved_however_the_holder_waits(
             "async with engine.connect() as outer:"
         }
         assert {one.waits.places[0].text for one in verdict.holding if one.waits} == {
-            "async with engine.connect() as inner:"
+            "async with engine.connect() as connection:"
         }
         assert (verdict.tasks, verdict.depth, verdict.needed) == (3, 2, 4)
         assert "never: pool_timeout is None" in str(verdict)
@@ -258,8 +239,7 @@ def test_a_holder_that_somebody_outside_can_wake_is_no_deadlock(url: str) -> Non
             asyncio.create_task(hold_and_ask(engine, on_event, meet)),
             asyncio.create_task(hold_and_ask(engine, directly, meet)),
         ]
-        while not scope.waiters:
-            await asyncio.sleep(0.01)
+        await until(lambda: scope.waiters)
         await asyncio.sleep(0.2)  # several of the scope's own looks
         assert scope.deadlocks == []
         event.set()
@@ -379,8 +359,7 @@ def test_connection_of_a_task_that_has_ended_is_leaked(url: str) -> None:
 
         await asyncio.create_task(forget())
         waiter = asyncio.create_task(price_of(engine))
-        while not scope.waiters:
-            await asyncio.sleep(0.01)
+        await until(lambda: scope.waiters)
         verdict = scope.verdict()
         assert verdict.cause == "leaked"
         assert verdict.holding[0].places[0].function.endswith("forget")
@@ -418,8 +397,7 @@ def test_curve_has_every_change(url: str) -> None:
         scope = PoolScope(engine, samples=True)
         async with engine.connect(), engine.connect(), engine.connect():
             waiter = asyncio.create_task(price_of(engine))
-            while not scope.waiters:
-                await asyncio.sleep(0.01)
+            await until(lambda: scope.waiters)
         await waiter
         assert scope.capacity == 3
         assert max(one.checked_out for one in scope.samples) == 3

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from helpers import PATIENCE, SELECT, run, until
 from sqlalchemy import TextClause, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -21,17 +22,9 @@ from ormscope import server as asking
 from ormscope.server import ServerReport
 from workshop.database import Server
 
-SELECT = text("select 1")
 SLOW = text("select pg_sleep(20)")
 ADVISORY = text("select pg_advisory_xact_lock(-4711)")
 ROW = text("update products set title = title where sku = (select min(sku) from products)")
-PATIENCE = 20  # seconds; only a broken instrument takes so long
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +33,6 @@ def nothing_left() -> Iterator[None]:
     yield
     for scope in list(proof.scopes):
         scope.close()
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
 
 
 @asynccontextmanager
