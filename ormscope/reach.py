@@ -41,7 +41,7 @@ from sqlalchemy.pool import Pool
 
 from ormscope.internals import LOOP_STEP, callback_of
 from ormscope.loops import known_loops
-from ormscope.owners import TaskOrThread
+from ormscope.owners import Owner, TaskOrThread
 from ormscope.stacks import awaited_step, frame_of, greenlet_frames, locals_of, steps_of
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
@@ -212,10 +212,12 @@ class _Search:
                 if len(parent) < 100_000
                 else []
             )
-            if owners and all(isinstance(owner, asyncio.Task) for owner in owners):
-                # A registry with a session for each task: scoped_session.
+            if owners and all(
+                isinstance(owner, (asyncio.Task, threading.Thread)) for owner in owners
+            ):
+                # A registry with a session for each task or thread: scoped_session.
                 for owner in owners:
-                    if not owner.done():
+                    if Owner(owner).alive:
                         self._note(owner, listed, found)
                 return None
         if kind is FrameType:
