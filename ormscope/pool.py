@@ -23,7 +23,7 @@ from ormscope.ledger import Attempt, Holder, Ledger, Sample, Waiter
 from ormscope.loop import LoopScope
 from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
-from ormscope.places import NOWHERE, Place, RawPlace, place, places, running_places
+from ormscope.places import NOWHERE, Place, RawPlace, is_library, place, places, running_places
 from ormscope.proof import Proof
 from ormscope.server import ServerReport, ask
 from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
@@ -344,6 +344,7 @@ class PoolScope:
             waiting=(),
             failure=self.failure or "",
             lacking=self.lacking.get("proof", ""),
+            database=self.engine.dialect.name,
         )
 
     def _snapshot(self, thorough: bool) -> Snapshot:
@@ -370,6 +371,7 @@ class PoolScope:
             proved=found is not None and id(pool) in found.pools,
             timers=found.timers if found is not None else (),
             limits_above=found.limits_above if found is not None else (),
+            behind=_names_of(found.pools - found.about) if found is not None else (),
             blocked=self._blocked(now, queue),
             overtaken=self._is_overtaken(now, queue),
             threads=bool(queue) and not isinstance(queue[0].who, asyncio.Task),
@@ -388,6 +390,7 @@ class PoolScope:
             tasks=self._contenders(queue, behind),
             depth=max(held.values(), default=0) + 1,
             lacking=self.lacking.get("proof", ""),
+            database=self.engine.dialect.name,
         )
 
     def _holding(self, now: float) -> tuple[tuple[Holding, ...], set[TaskOrThread]]:
@@ -398,14 +401,16 @@ class PoolScope:
         holding = []
         for holder in holders:
             subjects = proof.live_users(holder)
-            waits = None
+            waits, through_tasks = None, False
             activities: list[Activity] = []
             for subject in subjects:
                 children = waitgraph.below(subject)
                 below |= children
                 entry = next((queued[who] for who in (subject, *children) if who in queued), None)
                 if entry is not None:
-                    waits = waits or _waiting(entry[1], now, entry[0])
+                    if waits is None:
+                        waits = _waiting(entry[1], now, entry[0])
+                        through_tasks = subject not in queued
                 elif holder.statements:
                     activities.append(Activity("database"))
                 else:
@@ -424,6 +429,7 @@ class PoolScope:
                     activity=activity,
                     last_sql=holder.last_sql,
                     kept_by=holder.kept_by,
+                    through_tasks=through_tasks,
                 )
             )
         return tuple(holding), below
@@ -514,7 +520,12 @@ def _stands_at(loop: asyncio.AbstractEventLoop, thread: int) -> Place | None:
             time.sleep(0.005)
         # Thousands of tasks that each do a little keep a loop busy, but do not block it.
         seen.add(_step_of(loop, thread))
-    return next(map(place, running_places(thread)), NOWHERE) if len(seen) == 1 else None
+    if len(seen) > 1:
+        return None
+    frames = running_places(thread)
+    # The program's own line, not that of the driver below it.
+    own = [frame for frame in frames if not is_library(frame[0].co_filename)]
+    return next(map(place, own or frames), NOWHERE)
 
 
 def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
@@ -526,6 +537,11 @@ def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
     while frame is not None and frame.f_code is not internals.LOOP_STEP:
         frame = frame.f_back
     return id(frame)
+
+
+def _names_of(pools: frozenset[int]) -> tuple[str, ...]:
+    """The names of the scopes of these pools, which are given by their ids."""
+    return tuple(sorted(scope.name for scope in list(proof.scopes) if id(scope.pool) in pools))
 
 
 def _queued_anywhere() -> dict[TaskOrThread, tuple[str, Waiter]]:

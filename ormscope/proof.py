@@ -53,13 +53,15 @@ scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
 class Proof:
     """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it.
 
-    `timers` are limits of its members' own, `limits_above` those of tasks that await them.
+    `timers` are limits of its members' own, `limits_above` those of tasks that await them. `about` are those of the
+    pools that wait for all the others, which may be stuck without them.
     """
 
     pools: frozenset[int]  # their ids; whoever waits in one keeps it
     members: weakref.WeakSet[TaskOrThread]
     timers: tuple[Place, ...]
     limits_above: tuple[Place, ...]
+    about: frozenset[int]
     at: float = field(default_factory=time.perf_counter)
     broken_at: float | None = None
 
@@ -456,7 +458,7 @@ def declare(stuck: Stuck) -> None:
         if not told:
             return
         pools = frozenset(map(id, stuck.pools))
-        proof = Proof(pools, weakref.WeakSet(stuck.members), timers, above)
+        proof = Proof(pools, weakref.WeakSet(stuck.members), timers, above, about)
         for scope in told:
             scope.proof = proof
         for scope in told:

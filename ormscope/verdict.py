@@ -44,8 +44,8 @@ class Holding:
     """Somebody who holds a connection: `age` seconds so far, user frames innermost first.
 
     `alive` is false where nobody is left who could give it back. `waits` is the queue entry that it sits behind, by
-    itself or through tasks that it awaits, in this pool or another; `activity` what else its user does, None where
-    that is not known. `kept_by` tells what keeps the connection, where no running function does.
+    itself or, if `through_tasks`, through tasks that it awaits, in this pool or another; `activity` what else its
+    user does, None where that is not known. `kept_by` tells what keeps the connection, where no running function does.
     """
 
     owner: str
@@ -56,6 +56,7 @@ class Holding:
     activity: Activity | None
     last_sql: str | None
     kept_by: str = ""
+    through_tasks: bool = False
 
     @property
     def elsewhere(self) -> Place | None:
@@ -70,14 +71,16 @@ class Snapshot:
 
     `waiting` are those in line, those that hold a connection included. `proved` is whether
     a deadlock is, `timers` are the lines of the time limits that its members have set themselves and that end it,
-    `limits_above` those of tasks that await a member, which will cancel it. `blocked` is where the event
+    `limits_above` those of tasks that await a member, which will cancel it; `behind` are the pools that are stuck
+    without this one, which only waits for them. `blocked` is where the event
     loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
     they are threads. `moved` is whether a connection came back or was handed out a moment ago, `still` whether none
     has for long. `connect_error` is how the last attempts to connect failed, of which `attempts` were made in the last
     seconds and `failed` failed; `cancelled` whether that was by a cancellation. `connecting` are attempts in progress,
     `unseen` the connections that were out before anybody looked, `replaced` those who hold or wait in pools that
     `dispose()` has replaced. `tasks` compete for the pool, of which one holds up to `depth` - 1 connections and asks
-    for another. `failure` is why the instrument has stepped aside, `lacking` what it cannot see here.
+    for another. `failure` is why the instrument has stepped aside, `lacking` what it cannot see here;
+    `database` is SQLAlchemy's name for its kind.
     """
 
     pool: str
@@ -90,6 +93,7 @@ class Snapshot:
     proved: bool = False
     timers: tuple[Place, ...] = ()
     limits_above: tuple[Place, ...] = ()
+    behind: tuple[str, ...] = ()
     blocked: Place | None = None
     overtaken: bool = False
     threads: bool = False
@@ -106,6 +110,7 @@ class Snapshot:
     depth: int = 1
     failure: str = ""
     lacking: str = ""
+    database: str = "postgresql"
 
     @property
     def needed(self) -> int:
@@ -266,14 +271,29 @@ def _takes_one_after_another(verdict: Verdict) -> bool:
 
 
 def _smallest_fix(verdict: Verdict, stuck: list[Holding], others: list[str]) -> str:
+    if verdict.behind:
+        names = " and ".join(verdict.behind)
+        return f"what the verdict on {names} says: {verdict.pool} only waits for it"
     if others:
+        # Two connections of one pool would be a hold-and-wait again.
         names = ", ".join([verdict.pool, *others])
-        return f"take connections of {names} in one order everywhere, or use one pool for all of it"
+        return f"take connections of {names} in one order everywhere, or one connection of one pool for all of it"
     if not stuck or stuck[0].waits is None:
         return "let whoever holds a connection finish with it before anybody whom it waits for asks for one"
-    holds, asks = _innermost(stuck[0].places), _innermost(stuck[0].waits.places)
-    if _takes_one_after_another(verdict):
-        return f"{asks.short}: give each connection back before the next is taken"
+    first, waits = stuck[0], stuck[0].waits
+    holds, asks = _innermost(first.places), _innermost(waits.places)
+    if first.through_tasks:
+        # Several may run at once, and a session is for one at a time.
+        return (
+            f"finish with the session that {holds.function} holds before {asks.function} runs in tasks of its own,"
+            f" or hand it on to one {asks.function} after the other"
+        )
+    if _takes_one_after_another(verdict) or first.places == waits.places:
+        return f"{asks.short}: give each connection back before the next is taken, or use one for all of it"
+    if holds == asks:
+        return (
+            f"hand the session that {holds.function} holds on to the {asks.function} that it calls"
+        )
     if holds.function == asks.function:
         return f"{holds.function}: use the connection it holds (line {holds.line}) also at line {asks.line}"
     return f"hand the session that {holds.function} holds on to {asks.function}, or finish with it first"
@@ -352,7 +372,8 @@ def _held_report(verdict: Verdict) -> list[str]:
         *_held(foreign),
         *_block("they wait", lines),
         *_in_line(verdict.waiting),
-        f"  {'fix':<9} end the transaction before {often.short}: commit, or leave the session's block",
+        # A session gives its connection back at the end of a transaction, a Connection is one until its block ends.
+        f"  {'fix':<9} give the connection back before {often.short}: commit the session, or leave the block",
     ]
 
 
@@ -386,7 +407,11 @@ def _connects_report(verdict: Verdict) -> list[str]:
         fix = "open the pool's connections before the load comes, so that nobody is cancelled while connecting"
     else:
         what = f"The last attempt to connect failed: {verdict.connect_error}"
-        fix = "look at the server: its address, whether it runs, whether max_connections is reached"
+        fix = (
+            "look at the file: whether its path is right, its folder there, and the rights to it"
+            if verdict.database == "sqlite"
+            else "look at the server: its address, whether it runs, whether max_connections is reached"
+        )
     more = (
         [f"{verdict.failed} of the last {verdict.attempts} attempts failed."]
         if verdict.attempts > 1
@@ -410,6 +435,11 @@ def _unknown_report(verdict: Verdict) -> list[str]:
             f"{verdict.unseen} were checked out before this PoolScope was made; nobody saw by whom."
         )
         fix = "create the PoolScope where the engine is created"
+    elif verdict.database != "postgresql":
+        why = "Nothing has come back for seconds. A slow statement, or a lock?"
+        statements = Counter(holder.last_sql for holder in verdict.holding if holder.last_sql)
+        what = "".join(f": {' '.join(sql.split())}" for sql, _ in statements.most_common(1))
+        fix = f"look at what the holders execute{what}"
     else:
         why = "Nothing has come back for seconds. A slow statement, or a lock? Only the server can tell."
         fix = "await scope.ask_server(), or SELECT state, wait_event_type, query FROM pg_stat_activity"
