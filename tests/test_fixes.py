@@ -221,7 +221,11 @@ class Gate:
         self.was_open = False
 
     def is_open(self) -> bool:
-        here = sum(len(scope.holders) + len(scope.waiters) for scope in self.scopes)
+        here = 0
+        for scope in self.scopes:
+            holders = len(scope.holders)
+            # A thread that gets a connection which is free stands in line for a moment, too.
+            here += holders + (len(scope.waiters) if holders == scope.capacity else 0)
         self.was_open = self.was_open or here >= self.number
         return self.was_open
 
