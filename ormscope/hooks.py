@@ -92,7 +92,7 @@ def _hook_of(owner: Any, name: str) -> _Hook | None:
 
 def attach(scope: PoolScope, engine: Engine) -> None:
     """Let a scope hear of all that happens to an engine's pools and statements."""
-    hook = _hook_of(engine.pool, "connect")
+    hook = _hook_of(engine.pool, "_do_get")
     attached = Attached() if hook is None else hook.attached
     if hook is None:
         _watch_pool(engine.pool, attached)
@@ -107,7 +107,7 @@ def attach(scope: PoolScope, engine: Engine) -> None:
 
 def detach(scope: PoolScope, engine: Engine) -> None:
     """Let a scope hear of nothing any more; after the last one, engine and pool are as they were."""
-    hook = _hook_of(engine.pool, "connect")
+    hook = _hook_of(engine.pool, "_do_get")
     if hook is None:
         return
     attached = hook.attached
@@ -143,53 +143,41 @@ def _watch_pool(pool: Pool, attached: Attached) -> None:
 # The methods. Each is called for every request, so the loops stand in them.
 
 
-def _connect(hook: _Hook, original: _Method) -> _Method:
-    owner: Callable[[], Any] = hook.owner
-
-    def connect() -> Any:
-        pool = owner()
-        try:
-            fairy = original(pool)
-        except BaseException as error:
-            hook.tell("acquire_failed", pool, error)
-            raise
-        for scope in hook.attached.scopes:
-            try:
-                scope.ledger.acquired(pool, fairy)
-            except Exception as error:
-                step_aside(scope, error)
-        return fairy
-
-    return connect
-
-
 def _do_get(hook: _Hook, original: _Method) -> _Method:
     owner: Callable[[], Any] = hook.owner
+    attached = hook.attached
+    pool = hook.owner()
+    sleeps = pool is not None and not is_asynchronous(pool)
 
     def do_get() -> Any:
         pool = owner()
         try:
             waits = must_wait(pool)
-            # A thread may lose a connection that it has seen to another one, and then wait after all.
-            quiet = not waits and is_asynchronous(pool)
         except Exception:
             logger.exception("whether a request has to wait could not be seen")
-            quiet = True
-        if quiet:
-            return original(pool)
-        for scope in hook.attached.scopes:
-            try:
-                scope.ledger.queued(pool, waits)
-            except Exception as error:
-                step_aside(scope, error)
-        try:
-            return original(pool)
-        finally:
-            for scope in hook.attached.scopes:
+            waits = False
+        # A thread may lose a connection that it has seen to another one, and then wait after all.
+        if waits or sleeps:
+            for scope in attached.scopes:
                 try:
-                    scope.ledger.unqueued()
+                    scope.ledger.queued(pool, waits)
                 except Exception as error:
                     step_aside(scope, error)
+        try:
+            record = original(pool)
+        except BaseException as failure:
+            for scope in attached.scopes:
+                try:
+                    scope.ledger.acquire_failed(pool, failure)
+                except Exception as error:
+                    step_aside(scope, error)
+            raise
+        for scope in attached.scopes:
+            try:
+                scope.ledger.acquired(pool, record)
+            except Exception as error:
+                step_aside(scope, error)
+        return record
 
     return do_get
 
@@ -205,7 +193,7 @@ def _open(hook: _Hook, original: _Method) -> _Method:
         try:
             opened = original(pool, *arguments)
         except BaseException as error:
-            hook.tell("connect_failed", error)
+            hook.tell("connect_failed", error, is_the_attempt)
             raise
         if is_the_attempt:
             hook.tell("connected")
@@ -216,11 +204,12 @@ def _open(hook: _Hook, original: _Method) -> _Method:
 
 def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
     owner: Callable[[], Any] = hook.owner
+    attached = hook.attached
 
     def do_return_conn(record: Any) -> None:
         pool = owner()
         # Before: a moment later it may be somebody else's.
-        for scope in hook.attached.scopes:
+        for scope in attached.scopes:
             try:
                 scope.ledger.released(pool, record)
             except Exception as error:
@@ -228,7 +217,9 @@ def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
         try:
             original(pool, record)
         finally:
-            hook.tell("available", pool)
+            for scope in attached.scopes:
+                if scope.ledger.samples is not None:
+                    hook.tell("available", pool)
 
     return do_return_conn
 
@@ -262,28 +253,38 @@ def _recreate(hook: _Hook, original: _Method) -> _Method:
 def _execute(hook: _Hook, original: _Method) -> _Method:
     owner: Callable[[], Any] = hook.owner
 
-    def do_execute(cursor: Any, statement: str, *rest: Any, **options: Any) -> Any:
-        context = options["context"] if "context" in options else rest[-1] if rest else None
-        begun = []
-        for scope in hook.attached.scopes:
+    def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> Any:
+        scopes = hook.attached.scopes
+        for scope in scopes:
             try:
-                begun.append((scope, scope.ledger.statement_begins(context, statement)))
+                scope.ledger.statement_begins(context, statement)
             except Exception as error:
                 step_aside(scope, error)
         try:
-            return original(owner(), cursor, statement, *rest, **options)
+            return original(owner(), cursor, statement, parameters, context)
         finally:
-            for scope, holder in begun:
+            for scope in scopes:
                 try:
-                    scope.ledger.statement_ends(holder)
+                    scope.ledger.statement_ends(context)
                 except Exception as error:
                     step_aside(scope, error)
 
     return do_execute
 
 
+def _execute_no_parameters(hook: _Hook, original: _Method) -> _Method:
+    def without(owner: Any, cursor: Any, statement: str, _parameters: Any, context: Any) -> Any:
+        return original(owner, cursor, statement, context)
+
+    watched = _execute(hook, without)
+
+    def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> Any:
+        return watched(cursor, statement, None, context)
+
+    return do_execute_no_params
+
+
 _MAKERS: dict[str, Callable[[_Hook, _Method], _Method]] = {
-    "connect": _connect,
     "recreate": _recreate,
     TAKE: _do_get,
     GIVE_BACK: _do_return_conn,
@@ -292,5 +293,5 @@ _MAKERS: dict[str, Callable[[_Hook, _Method], _Method]] = {
     CLOSE: _close_connection,
     "do_execute": _execute,
     "do_executemany": _execute,
-    "do_execute_no_params": _execute,
+    "do_execute_no_params": _execute_no_parameters,
 }

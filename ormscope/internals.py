@@ -27,7 +27,7 @@ from ormscope import orm_internals
 # What a pool is watched by. Each may be replaced on the pool itself, so its class stays what it was.
 TAKE, GIVE_BACK, CLOSE = "_do_get", "_do_return_conn", "_close_connection"
 OPEN, CONNECT_ANEW = "_create_connection", "_invoke_creator"
-POOL_HOOKS = ("connect", "recreate", TAKE, GIVE_BACK, OPEN, CONNECT_ANEW, CLOSE)
+POOL_HOOKS = ("recreate", TAKE, GIVE_BACK, OPEN, CONNECT_ANEW, CLOSE)
 STATEMENT_HOOKS = ("do_execute", "do_executemany", "do_execute_no_params")
 
 
@@ -74,9 +74,10 @@ def record_of_statement(context: ExecutionContext) -> ConnectionPoolEntry | None
     return None if fairy is None else record_of(fairy)
 
 
-def handle_of(record: ConnectionPoolEntry) -> weakref.ref[PoolProxiedConnection]:
-    """A weak reference to what the program holds of a connection that is checked out."""
-    return record.fairy_ref  # type: ignore[attr-defined,no-any-return]
+def handle_of(record: ConnectionPoolEntry) -> PoolProxiedConnection | None:
+    """What the program holds of a connection that is checked out; None while nobody does."""
+    reference: weakref.ref[PoolProxiedConnection] | None = record.fairy_ref  # type: ignore[attr-defined]
+    return None if reference is None else reference()
 
 
 def creator_of(pool: Pool) -> Any:
@@ -157,15 +158,15 @@ def awaited_by_group(
 
 def awaited_by_wait(
     frame: FrameType, variables: Callable[[FrameType], dict[str, Any]], future: object
-) -> tuple[set[asyncio.Future[Any]], bool] | None:
-    """What `asyncio.wait` or `wait_for` waits for in `frame` by `future`, and whether it has a timeout; else None."""
+) -> tuple[set[asyncio.Future[Any]], float | None] | None:
+    """What `asyncio.wait` or `wait_for` waits for in `frame` by `future`, and when its timeout is up; else None."""
     if frame.f_code not in _WAIT_CODES:
         return None
     found = variables(frame)
     if found.get("waiter") is not future:
         return None
     awaited = {found["fut"]} if "fut" in found else set(found["fs"])
-    return awaited, found.get("timeout_handle") is not None
+    return awaited, _when(found.get("timeout_handle"))
 
 
 def awaited_by_as_completed(
@@ -173,8 +174,8 @@ def awaited_by_as_completed(
     caller: FrameType | None,
     variables: Callable[[FrameType], dict[str, Any]],
     referents: Callable[[Any], Iterable[Any]],
-) -> tuple[set[asyncio.Future[Any]], bool] | None:
-    """What `asyncio.as_completed` waits for in `frame`, which `caller` awaits, and whether it has a timeout."""
+) -> tuple[set[asyncio.Future[Any]], float | None] | None:
+    """What `asyncio.as_completed` waits for in `frame`, which `caller` awaits, and when its timeout is up."""
     if (
         frame.f_code.co_filename != asyncio.tasks.__file__
         or frame.f_code.co_name != "_wait_for_one"
@@ -182,14 +183,24 @@ def awaited_by_as_completed(
         return None
     found = variables(frame)
     if "self" in found:  # from Python 3.13 on
-        return set(found["self"]._todo), found["self"]._timeout_handle is not None
+        return set(found["self"]._todo), _when(found["self"]._timeout_handle)
     for value in () if caller is None else referents(caller):
         inner = getattr(value, "gi_frame", None)
         if inner is not None and inner.f_code is asyncio.as_completed.__code__:
             todo = variables(inner)
             if todo.get("done") is found.get("done"):
-                return set(todo["todo"]), todo.get("timeout") is not None
+                return set(todo["todo"]), _when(todo.get("timeout_handle"))
     return None
+
+
+def _when(handle: asyncio.TimerHandle | None) -> float | None:
+    return None if handle is None else handle.when()
+
+
+def ends_as_completed(callback: object) -> bool:
+    """Whether a callback of a timer is that of `asyncio.as_completed`, which only wakes whoever awaits the next."""
+    code = getattr(callback, "__code__", None)
+    return code is not None and code in _AS_COMPLETED_CODES
 
 
 def timers(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle] | None:
@@ -217,13 +228,16 @@ def callback_of(handle: asyncio.Handle) -> tuple[Any, tuple[Any, ...]]:
     return slots["_callback"].__get__(handle), slots["_args"].__get__(handle) or ()
 
 
-def limits_of(value: object) -> bool:
-    """Whether an object is a time limit that is running: `asyncio.timeout`, or a cancel scope of anyio."""
+def deadline_of(value: object) -> float | None:
+    """When a time limit is up, on its loop's clock: `asyncio.timeout`, or a cancel scope of anyio; else None."""
     if isinstance(value, asyncio.Timeout):
-        return value.when() is not None and not value.expired()
+        return None if value.expired() else value.when()
     # A module that is just being imported has nothing yet.
     scope = getattr(_anyio(), "CancelScope", None)
-    return scope is not None and isinstance(value, scope) and value.deadline != float("inf")
+    if scope is None or not isinstance(value, scope) or value.deadline == float("inf"):
+        return None
+    deadline: float = value.deadline
+    return deadline
 
 
 def _anyio() -> ModuleType | None:
@@ -251,6 +265,12 @@ _SHIELD_CODES = _codes(asyncio.shield)
 _CHAIN_CODES = _codes(getattr(asyncio.futures, "_chain_future", asyncio.shield)) - _SHIELD_CODES
 _WAIT = vars(asyncio.tasks).get("_wait")
 _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_for) if function)
+_AS_COMPLETED = vars(asyncio.tasks).get("_AsCompletedIterator")  # from Python 3.13 on
+_AS_COMPLETED_CODES = (
+    _codes(asyncio.as_completed)
+    if _AS_COMPLETED is None
+    else frozenset({_code(_AS_COMPLETED, "_handle_timeout")})
+)
 LOOP_STEP = _code(asyncio.Handle, "_run")
 
 # The self-test.

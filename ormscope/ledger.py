@@ -8,20 +8,22 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 
 from ormscope.durations import Durations
-from ormscope.internals import capacity_of, handle_of, record_of, record_of_statement
+from ormscope.internals import capacity_of, handle_of, record_of_statement
 from ormscope.owners import Owner, TaskOrThread, current
 from ormscope.places import RawPlace, calling_places
 from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
+_KEPT_OWNERS = 1000
+_KEPT_PLACES = 1000  # of connections that lie in a pool
 # A thread that has asked for so long is in the queue, whatever it saw before.
 _CERTAIN_SECONDS = 0.005
 
@@ -34,42 +36,66 @@ class Sample(NamedTuple):
     waiting: int
 
 
-@dataclass(eq=False, slots=True)
 class Holder:
-    """A connection that is checked out. `since` is in `time.perf_counter()` seconds.
+    """A connection that is checked out. `since` and `last_used` are in `time.perf_counter()` seconds.
 
-    `users` are the tasks and threads that were found to be able to use it, None where nobody has looked since
-    it was used last; `kept_by` says what else keeps it, `is_lost` whether nobody is left who could give it back,
+    `frames` is where it was asked for, `last_sql` what went over it last, `statements` how many are being executed at
+    this moment. `users` are the tasks and threads that were found to be able to use it, None where nobody has looked
+    since it was used last; `kept_by` says what else keeps it, `is_lost` whether nobody is left who could give it back,
     `is_moving` whether a function that ran just then had it.
     """
 
-    owner: Owner
-    since: float
-    frames: tuple[RawPlace, ...]
-    pool: Pool
-    handle: weakref.ref[Any]  # to what the program holds of the connection
-    last_user: Owner
-    last_used: float
+    # On the class, until they are set: a holder is made for each request, and most are never looked at.
     last_sql: str | None = None
-    statements: int = 0  # being executed at this moment
+    statements = 0
     users: tuple[Owner, ...] | None = None
-    kept_by: str = ""
-    is_lost: bool = False
-    is_moving: bool = False
-    looked_at: float = 0.0
+    kept_by = ""
+    is_lost = False
+    is_moving = False
+    looked_at = 0.0
+
+    def __init__(
+        self,
+        owner: Owner,
+        since: float,
+        frames: tuple[RawPlace, ...],
+        pool: Pool,
+        record: ConnectionPoolEntry,
+    ) -> None:
+        self.owner = self.last_user = owner
+        self.since = self.last_used = since
+        self.frames = frames
+        self.pool = pool
+        self.record: ConnectionPoolEntry | None = record  # None once it has come back
+
+    def handle(self) -> PoolProxiedConnection | None:
+        """What the program holds of the connection; None while it is handed over, or comes back."""
+        record = self.record
+        return None if record is None else handle_of(record)
 
 
-@dataclass(eq=False, slots=True)
 class Waiter:
-    """A task or thread that asked for a connection. `since` is in `time.perf_counter()` seconds."""
+    """A task or thread that asked for a connection. `since` is in `time.perf_counter()` seconds.
 
-    who: TaskOrThread
-    since: float
-    frames: tuple[RawPlace, ...]
-    pool: Pool
-    certain: bool
-    in_queue: bool = True  # not any more once it connects, or looks whether its connection is alive
-    connecting: bool = False
+    It is not in the queue any more once it connects.
+    """
+
+    in_queue = True
+    connecting = False
+
+    def __init__(
+        self,
+        who: TaskOrThread,
+        since: float,
+        frames: tuple[RawPlace, ...],
+        pool: Pool,
+        certain: bool,
+    ) -> None:
+        self.who = who
+        self.since = since
+        self.frames = frames
+        self.pool = pool
+        self.certain = certain
 
     def waits(self, now: float) -> bool:
         """Whether it stands in the queue at this moment."""
@@ -111,7 +137,7 @@ class Ledger:
         self,
         engine: Engine,
         samples: bool,
-        on_queue: Callable[[Waiter], None],
+        on_queue: Callable[[TaskOrThread, bool], None],
         on_return: Callable[[Pool], None],
     ) -> None:
         self.engine = engine
@@ -126,16 +152,16 @@ class Ledger:
         # Connections taken past the queue since somebody in it was served, and when the last of them was.
         self.overtaken = 0
         self.overtaken_at = 0.0
-        # Where a connection that lies in the pool was taken last, and by whom.
-        self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
-            weakref.WeakKeyDictionary()
-        )
+        # Who had a connection last that lies in the pool, by the id of its place there.
+        self._last: dict[int, tuple[weakref.ref[ConnectionPoolEntry], Holder]] = {}
         # Whose last wait ended in a timeout.
         self.timed_out: weakref.WeakSet[TaskOrThread] = weakref.WeakSet()
+        self._has_timed_out = False  # a WeakSet is slow to say
+        self._owners: dict[int, Owner] = {}
         self._queue_lengths: Counter[int] = Counter()  # by the pool's id
         self._unseen = self.checked_out
         self._taken: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
-        self._held_by: Counter[int] = Counter()  # connections checked out, by their owner's key
+        self._held_by: dict[int, int] = {}  # connections checked out, by their owner's key
         self._failed_as = 0
         self._on_queue, self._on_return = on_queue, on_return
 
@@ -144,25 +170,20 @@ class Ledger:
     def queued(self, pool: Pool, certain: bool) -> None:
         """Somebody asks for a connection, and waits where it is `certain` that none is free."""
         who = current()
-        if who in self.waiters:  # SQLAlchemy's second attempt within one request
+        waiters = self.waiters
+        if who in waiters:  # SQLAlchemy's second attempt within one request
             return
         now = time.perf_counter()
         waiter = Waiter(who, now, calling_places(), pool, certain)
         with self.lock:
-            if not self.waiters:
+            if not waiters:
                 self.waiting_began = now
-            self.waiters[who] = waiter
+            waiters[who] = waiter
             if certain:
                 self._queue_lengths[id(pool)] += 1
-                self._sample(now, pool)
-        self._on_queue(waiter)
-
-    def unqueued(self) -> None:
-        """Whoever asked has left the queue; the pool may still look whether the connection is alive."""
-        waiter = self.waiters.get(current())
-        if waiter is not None:
-            with self.lock:
-                self._leaves_queue(waiter)
+                if self.samples is not None:
+                    self._sample(now, pool)
+        self._on_queue(who, id(who) in self._held_by)
 
     def connecting(self, pool: Pool) -> None:
         """Somebody opens a connection."""
@@ -176,71 +197,87 @@ class Ledger:
     def connected(self) -> None:
         """A connection to the server was opened."""
         self.counts.opened += 1
+        self._failed_as = 0
         self.attempts.append(Attempt(time.perf_counter(), "", False))
 
-    def connect_failed(self, error: BaseException) -> None:
-        """A connection to the server could not be opened or set up."""
-        if self._failed_as == id(error):  # told by the attempt within this one
+    def connect_failed(self, error: BaseException, is_the_attempt: bool) -> None:
+        """A connection to the server could not be opened (`is_the_attempt`), or not be made ready."""
+        if not is_the_attempt and self._failed_as == id(error):  # told by the attempt within
+            self._failed_as = 0
             return
-        self._failed_as = id(error)
+        self._failed_as = id(error) if is_the_attempt else 0
         cancelled = not isinstance(error, Exception)
         self.counts.connects_failed += not cancelled
         text = ": ".join([outcome_of(error), *str(error).splitlines()[:1]])
         self.attempts.append(Attempt(time.perf_counter(), text, cancelled))
 
-    def acquired(self, pool: Pool, fairy: PoolProxiedConnection) -> None:
-        """A connection was checked out."""
-        record, who, now = record_of(fairy), current(), time.perf_counter()
-        waiter = self.waiters.pop(who, None)
+    def acquired(self, pool: Pool, record: ConnectionPoolEntry) -> None:
+        """A connection was checked out; SQLAlchemy may still look whether it is alive."""
+        if record in self.holders:
+            if isinstance(pool, QueuePool):
+                return  # told by the attempt within this one
+            with self.lock:
+                self._drop(record)  # several use the one connection of a StaticPool
+        who, now, counts = current(), time.perf_counter(), self.counts
+        waiter = self.waiters.pop(who, None) if self.waiters else None
+        waited = 0.0 if waiter is None else now - waiter.since
+        owner = self._owner(who)
         frames = calling_places() if waiter is None else waiter.frames
-        owner = Owner(who)
-        holder = Holder(owner, now, frames, pool, handle_of(record), owner, now)
+        holder = Holder(owner, now, frames, pool, record)
+        key = owner.key
         with self.lock:
-            self._count_wait(waiter, now)
+            self.last_movement = now
+            counts.checkouts += 1
+            counts.waits.add(waited)
+            if waited > counts.longest_wait:
+                counts.longest_wait = waited
             if waiter is not None and waiter.certain:
-                self._leaves_queue(waiter)
-                self.counts.served_after_wait += 1
+                if waiter.in_queue:
+                    self._leaves_queue(waiter)
+                counts.served_after_wait += 1
                 self.overtaken = 0
-            elif self._queue_lengths[id(pool)]:
+            elif self._queue_lengths.get(id(pool)):
                 self.overtaken += 1
                 self.overtaken_at = now
-            self.last_movement = now
-            if self.timed_out:
+            if self._has_timed_out:
                 self.timed_out.discard(who)
-            self.counts.checkouts += 1
-            self.holders[record] = holder
+                self._has_timed_out = bool(self.timed_out)
             if self._unseen:
                 self._taken.add(record)
-            held = self._held_by[owner.key] = self._held_by[owner.key] + 1
-            self.counts.most_held_by_one = max(self.counts.most_held_by_one, held)
-            self._sample(now, pool)
+            self.holders[record] = holder
+            held = self._held_by[key] = self._held_by.get(key, 0) + 1
+            if held > counts.most_held_by_one:
+                counts.most_held_by_one = held
+            if self.samples is not None:
+                self._sample(now, pool)
 
     def acquire_failed(self, pool: Pool, error: BaseException) -> None:
         """Whoever asked for a connection got none."""
-        now = time.perf_counter()
-        who = current()
+        now, who = time.perf_counter(), current()
         waiter = self.waiters.pop(who, None)
         with self.lock:
-            if isinstance(error, PoolTimeoutError):
-                self.counts.timeouts += 1
-                self.timed_out.add(who)
+            # Else it did not wait, or was told by the attempt within this one.
             if waiter is not None:
+                if isinstance(error, PoolTimeoutError):
+                    self.counts.timeouts += 1
+                    self.timed_out.add(who)
+                    self._has_timed_out = True
                 self._leaves_queue(waiter)
-                self._count_wait(waiter, now)
+                waited = now - waiter.since
+                self.counts.waits.add(waited)
+                self.counts.longest_wait = max(self.counts.longest_wait, waited)
             self._sample(now, pool)
 
     def released(self, pool: Pool, record: ConnectionPoolEntry) -> None:
         """A connection is about to come back to its pool."""
         now = time.perf_counter()
         with self.lock:
-            holder = self.holders.pop(record, None)
+            holder = self._drop(record)
             if holder is not None:
                 self.counts.holds.add(now - holder.since)
-                key = holder.owner.key
-                self._held_by[key] -= 1
-                if not self._held_by[key]:
-                    del self._held_by[key]
-                self.last_taken[record] = holder
+                self._last[id(record)] = weakref.ref(record), holder
+                if len(self._last) > _KEPT_PLACES:
+                    self._last.clear()
             elif self._unseen and record not in self._taken and current() not in self.waiters:
                 self._unseen -= 1
             self.returned += 1
@@ -249,7 +286,8 @@ class Ledger:
 
     def available(self, pool: Pool) -> None:
         """A connection has come back to its pool."""
-        self._sample(time.perf_counter(), pool)
+        if self.samples is not None:
+            self._sample(time.perf_counter(), pool)
 
     def closed(self) -> None:
         """A connection to the server is closed."""
@@ -260,29 +298,52 @@ class Ledger:
         if isinstance(pool, QueuePool):
             pool.checkedin()  # makes its queue now: at the first look, two threads might make one each
         self.overtaken = 0
+        self._last.clear()
 
-    def statement_begins(self, context: ExecutionContext | None, statement: str) -> Holder | None:
-        """A statement goes to the server; returns whose connection carries it, where that is known."""
-        record = None if context is None else record_of_statement(context)
-        holder = None if record is None else self.holders.get(record)
+    def statement_begins(self, context: ExecutionContext | None, statement: str) -> None:
+        """A statement goes to the server."""
+        holder = self._holder_of(context)
         if holder is not None:
-            holder.last_sql, holder.users, holder.is_lost = statement, None, False
+            holder.last_sql = statement
             holder.statements += 1
+            if holder.users is not None:
+                holder.users, holder.is_lost = None, False
             who = current()
             if holder.last_user.subject is not who:
-                holder.last_user = Owner(who)
-        return holder
+                holder.last_user = self._owner(who)
 
-    def statement_ends(self, holder: Holder | None) -> None:
+    def statement_ends(self, context: ExecutionContext | None) -> None:
         """The server has answered, or will not."""
-        if holder is not None:
+        holder = self._holder_of(context)
+        if holder is not None and holder.statements:
             holder.statements -= 1
             holder.last_used = time.perf_counter()
 
-    def _count_wait(self, waiter: Waiter | None, now: float) -> None:
-        waited = 0.0 if waiter is None else now - waiter.since
-        self.counts.waits.add(waited)
-        self.counts.longest_wait = max(self.counts.longest_wait, waited)
+    def _drop(self, record: ConnectionPoolEntry) -> Holder | None:
+        holder = self.holders.pop(record, None)
+        if holder is not None:
+            key = holder.owner.key
+            held = self._held_by[key] - 1
+            if held:
+                self._held_by[key] = held
+            else:
+                del self._held_by[key]
+            holder.record = None
+        return holder
+
+    def _holder_of(self, context: ExecutionContext | None) -> Holder | None:
+        record = None if context is None else record_of_statement(context)
+        return None if record is None else self.holders.get(record)
+
+    def _owner(self, who: TaskOrThread) -> Owner:
+        """The same for all that a task or thread does in a row."""
+        key = id(who)
+        owner = self._owners.get(key)
+        if owner is None or owner.subject is not who:
+            if len(self._owners) >= _KEPT_OWNERS:
+                self._owners.clear()
+            owner = self._owners[key] = Owner(who)
+        return owner
 
     def _leaves_queue(self, waiter: Waiter) -> None:
         if waiter.in_queue:
@@ -309,12 +370,17 @@ class Ledger:
 
     def holds(self, who: TaskOrThread) -> bool:
         """Whether a task or thread has taken a connection that is still out."""
-        return self._held_by[id(who)] > 0
+        return id(who) in self._held_by
 
     def held(self, pool: Pool) -> list[Holder]:
         """The connections of a pool that are checked out, oldest first."""
         with self.lock:
             return [holder for holder in self.holders.values() if holder.pool is pool]
+
+    def last_holder(self, record: ConnectionPoolEntry) -> Holder | None:
+        """Who had a connection last that nobody has now; None where nobody saw it."""
+        found = self._last.get(id(record))
+        return None if found is None or found[0]() is not record else found[1]
 
     def pools_in_demand(self) -> set[Pool]:
         """The pools that connections are out of, while somebody waits for one."""

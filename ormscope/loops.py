@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 _SHORTEST, _LONGEST = 0.025, 0.2  # seconds between two looks
 
-Look = Callable[[asyncio.AbstractEventLoop], bool | None]
-"""Looks at what concerns a loop; returns whether anything has changed, None where nobody waits any more."""
+Look = Callable[[asyncio.AbstractEventLoop, bool], bool | None]
+"""Looks at what concerns a loop, also at what moves where it is asked `soon`; returns whether anything has changed,
+None where nobody waits any more."""
 
 
 class LoopWatch:
@@ -46,11 +47,11 @@ class LoopWatch:
         self._looks_soon = False
         loop = self.loop()
         if loop is not None:
-            look(loop)
+            look(loop, True)
 
     def _beat(self, look: Look) -> None:
         loop = self.loop()
-        changed = None if loop is None else look(loop)
+        changed = None if loop is None else look(loop, False)
         if loop is None or changed is None:
             self.due = None
             return
@@ -78,6 +79,17 @@ def watch_of(loop: asyncio.AbstractEventLoop) -> LoopWatch:
         if loop not in _watches:
             _watches[loop] = LoopWatch(loop)
         return _watches[loop]
+
+
+_last = threading.local()
+
+
+def running_watch(loop: asyncio.AbstractEventLoop) -> LoopWatch:
+    """The heartbeat of the loop that runs in this thread; asked for each request that has to wait."""
+    watch: LoopWatch | None = getattr(_last, "watch", None)
+    if watch is None or watch.loop() is not loop:
+        watch = _last.watch = watch_of(loop)
+    return watch
 
 
 def known_loops() -> list[tuple[asyncio.AbstractEventLoop, int]]:

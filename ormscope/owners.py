@@ -7,6 +7,8 @@ import threading
 import weakref
 from typing import Any
 
+_running_loop = asyncio._get_running_loop
+
 TaskOrThread = asyncio.Task[Any] | threading.Thread
 
 
@@ -45,8 +47,6 @@ def name_of(subject: TaskOrThread) -> str:
 
 def current() -> TaskOrThread:
     """The task that runs now in this thread, or the thread."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        task = None
-    return task if task is not None else threading.current_thread()
+    loop = _running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
+    return threading.current_thread() if task is None else task

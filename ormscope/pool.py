@@ -297,9 +297,9 @@ class PoolScope:
 
     # What the ledger tells.
 
-    def _on_queue(self, waiter: Waiter) -> None:
+    def _on_queue(self, who: TaskOrThread, holds: bool) -> None:
         if "proof" not in self.lacking:
-            proof.begin(waiter, self.ledger.holds(waiter.who))
+            proof.begin(who, holds)
 
     def _on_return(self, pool: Pool) -> None:
         if self.proof is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import sys
+import math
 import threading
 import time
 import weakref
@@ -25,8 +25,8 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 
 from ormscope import internals
 from ormscope.hooks import logger, step_aside
-from ormscope.ledger import Holder, Waiter
-from ormscope.loops import watch_of
+from ormscope.ledger import Holder
+from ormscope.loops import running_watch, watch_of
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.places import NOWHERE, Place, is_users, place
 from ormscope.reach import Users, users_of
@@ -53,7 +53,7 @@ scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
 class Proof:
     """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it.
 
-    `timers` are limits of its members' own, `limits_above` those of tasks that await them. `about` are those of the
+    `timers` end it, `limits_above` only wake a task that awaits a member, and may then end it. `about` are those of the
     pools that wait for all the others, which may be stuck without them.
     """
 
@@ -83,17 +83,18 @@ class _Suspicion:
 # When to look.
 
 
-def begin(waiter: Waiter, holds: bool) -> None:
+def begin(who: TaskOrThread, holds: bool) -> None:
     """Somebody has gone into a queue: look for deadlocks until nobody is in one."""
-    who = waiter.who
-    if isinstance(who, asyncio.Task):
-        # Whoever holds a connection already may have closed the circle.
-        watch_of(who.get_loop()).begin(_look, soon=holds)
-    else:
+    if not isinstance(who, asyncio.Task):
         _thread_watch.begin()
+        return
+    watch = running_watch(who.get_loop())
+    # Whoever holds a connection already may have closed the circle.
+    if holds or watch.due is None:
+        watch.begin(_look, soon=holds)
 
 
-def _look(loop: asyncio.AbstractEventLoop) -> bool | None:
+def _look(loop: asyncio.AbstractEventLoop, soon: bool) -> bool | None:
     """Look from a loop's own thread, between two of its steps."""
     watched = list(scopes)
     try:
@@ -103,12 +104,13 @@ def _look(loop: asyncio.AbstractEventLoop) -> bool | None:
             for who in list(scope.ledger.waiters)
         ):
             return None
-        suspicion = _suspect(watched)
+        still = watched if soon else _movement.still(watched)
+        suspicion = _suspect(watched, still)
         if suspicion is not None and _investigation.begin(suspicion.signature):
             threading.Thread(
                 target=_investigate, args=(suspicion, loop), name="ormscope proof", daemon=True
             ).start()
-        return _movement.changed(watched)
+        return len(still) < len(watched)
     except Exception as error:
         _step_aside(watched, error)
         return None
@@ -147,7 +149,7 @@ class _ThreadWatch:
                     self._running = False
                     return
             try:
-                suspicion = _suspect(watched)
+                suspicion = _suspect(watched, _thread_movement.still(watched))
                 if suspicion is not None and _investigation.begin(suspicion.signature):
                     _investigate(suspicion, None)
             except Exception as error:
@@ -190,21 +192,24 @@ _investigation = _Investigation()
 
 
 class _Movement:
-    """Whether anything has been taken, given back or asked for since the last look."""
+    """What has moved since the last look: a pool that gives connections out and takes them back is not stuck."""
 
     def __init__(self) -> None:
-        self._last: list[int] = []
+        self._last: weakref.WeakKeyDictionary[PoolScope, int] = weakref.WeakKeyDictionary()
 
-    def changed(self, watched: list[PoolScope]) -> bool:
-        now = [
-            scope.ledger.returned + scope.ledger.counts.checkouts + len(scope.ledger.waiters)
-            for scope in watched
-        ]
-        changed, self._last = now != self._last, now
-        return changed
+    def still(self, watched: list[PoolScope]) -> list[PoolScope]:
+        """Those of the scopes in whose pools nothing has moved."""
+        still = []
+        for scope in watched:
+            moved = scope.ledger.returned + scope.ledger.counts.checkouts
+            if self._last.get(scope) == moved:
+                still.append(scope)
+            self._last[scope] = moved
+        return still
 
 
 _movement = _Movement()
+_thread_movement = _Movement()
 
 # The three steps of a proof.
 
@@ -252,8 +257,11 @@ def live_users(holder: Holder) -> set[TaskOrThread]:
     return {owner.subject for owner in owners if owner.subject is not None and owner.alive}
 
 
-def _suspect(watched: list[PoolScope]) -> _Suspicion | None:
-    """Pools that seem stuck and are not known to be, if any."""
+def _suspect(watched: list[PoolScope], still: list[PoolScope]) -> _Suspicion | None:
+    """Pools of the `still` scopes that seem stuck and are not known to be, if any."""
+    asked = {pool for scope in still for pool in scope.ledger.pools_in_demand()}
+    if not asked:
+        return None
     waits = waits_of(watched)
     known = {
         key
@@ -261,7 +269,7 @@ def _suspect(watched: list[PoolScope]) -> _Suspicion | None:
         if scope.proof and not scope.proof.timers
         for key in scope.proof.pools
     }
-    new = {pool: wakers for pool, wakers in waits.wakers.items() if id(pool) not in known}
+    new = {pool for pool in waits.wakers if pool in asked and id(pool) not in known}
     if not new:
         return None
     # Where nobody who took a connection is left, somebody else may have it: that has to be found out first.
@@ -275,7 +283,7 @@ def _suspect(watched: list[PoolScope]) -> _Suspicion | None:
     stuck = find_stuck(waits)
     if stuck is None and not orphaned:
         return None
-    if stuck is not None and not (stuck.pools & set(new)):
+    if stuck is not None and not stuck.pools & new:
         return None
     pools = set() if stuck is None else stuck.pools
     holders = [holder for scope in watched for pool in pools for holder in scope.ledger.held(pool)]
@@ -425,7 +433,7 @@ def _unmoved(finding: _Finding, watched: list[PoolScope]) -> list[Stuck]:
 def prove_now() -> None:
     """Try to prove a deadlock at once, for somebody who asks for a verdict."""
     watched = list(scopes)
-    suspicion = _suspect(watched)
+    suspicion = _suspect(watched, watched)
     if suspicion is None:
         return
     finding = _examine(suspicion, watched)
@@ -469,34 +477,50 @@ def declare(stuck: Stuck) -> None:
 
 
 def timers_of(stuck: Stuck, waits: Waits) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
-    """The lines of the time limits that end the waiting: of the members' own, and of those that await a member."""
+    """The lines of the time limits that end the waiting, sooner than pool_timeout; and of those that may."""
     members = {member for member in stuck.members if isinstance(member, asyncio.Task)}
-    own = _limits_of(members, waits)
-    if stuck.timed and not own:
-        own = [_place_of(task) for task in members if (found := awaited_by(task)) and found.timed]
-    above = _above(members)
-    if sys.version_info < (3, 12):
-        # There `wait_for` makes a task of what it waits for, so that its own limit seems to be somebody else's.
-        own += [_place_of(task) for task in above if _waits_for_one_of(task, members)]
-    limits = _limits_of(above, waits)
-    timed = (awaited_by(task) for task in above)
-    if not limits and any(found is not None and found.timed for found in timed):
-        limits = [NOWHERE]
-    return _distinct(own), _distinct(limits)
+    patience = _patience_of(stuck.members)
+    reaching, others = _above(members)
+    ending = {*members, *reaching}
+    # In the queue of a pool, `wait_for` keeps the pool's own limit.
+    own = _limits_of(ending, waits) + [_wakes(task) for task in ending if not waits.queued(task)]
+    above = _limits_of(others, waits) + [_wakes(task) for task in others]
+    return _sooner(own, patience), _sooner(above, patience)
 
 
-def _distinct(places: list[Place]) -> tuple[Place, ...]:
+# A time limit: where it stands, and in how many seconds it is up; None where there is none.
+_Limit = tuple[Place, float] | None
+
+
+def _sooner(limits: Iterable[_Limit], patience: float) -> tuple[Place, ...]:
+    places = [limit[0] for limit in limits if limit is not None and limit[1] < patience]
     known = tuple(dict.fromkeys(found for found in places if found.line))
     return known or tuple(places[:1])
 
 
-def _limits_of(tasks: Collection[asyncio.Task[Any]], waits: Waits) -> list[Place]:
-    """The lines of the tasks on which a time limit runs that will cancel or wake them."""
-    places: list[Place] = []
+def _patience_of(members: Collection[TaskOrThread]) -> float:
+    """Seconds until pool_timeout makes the first of those in a queue give up."""
+    now = time.perf_counter()
+    return min(
+        (
+            waiter.since + scope.timeout - now
+            for scope in list(scopes)
+            if scope.timeout is not None
+            for who, waiter in list(scope.ledger.waiters.items())
+            if who in members
+        ),
+        default=math.inf,
+    )
+
+
+def _limits_of(tasks: Collection[asyncio.Task[Any]], waits: Waits) -> list[_Limit]:
+    """The time limits that run on the stacks of tasks, or that a loop will call, and will cancel or wake them."""
+    limits: list[_Limit] = []
     targets: set[int] = set()
     pools_own: set[int] = set()
     for task in tasks:
         is_queued = waits.queued(task) is not None
+        now = task.get_loop().time()
         targets.add(id(task))
         if not is_queued:
             targets.add(id(internals.awaited_future(task)))
@@ -506,41 +530,66 @@ def _limits_of(tasks: Collection[asyncio.Task[Any]], waits: Waits) -> list[Place
                 place_now = place((frame.f_code, frame.f_lineno))
             # From here on it is SQLAlchemy that waits, and for the pool with pool_timeout.
             inside |= frame.f_code is greenlet_spawn.__code__ and is_queued
-            limits = _limits_on(step)
+            found = _limits_on(step)
             if inside:
-                pools_own |= set(map(id, limits))
-            elif limits:
-                places.append(place_now)
+                pools_own |= set(map(id, found))
+            else:
+                limits += [(place_now, deadline - now) for deadline in found.values()]
     for loop in {task.get_loop() for task in tasks}:
-        for handle in internals.timers(loop) or ():
-            if _leads_to(handle, targets, pools_own):
-                places.append(NOWHERE)
-                break
-    return places
+        now = loop.time()
+        limits += [
+            (NOWHERE, handle.when() - now)
+            for handle in internals.timers(loop) or ()
+            if _leads_to(handle, targets, pools_own)
+        ]
+    return limits
 
 
-def _above(members: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
-    """The tasks that await a member, and those that await them."""
-    above: set[asyncio.Task[Any]] = set()
+def _wakes(task: asyncio.Task[Any]) -> _Limit:
+    """The timeout of the function of asyncio in which a task waits for others."""
+    found = awaited_by(task)
+    if found is None or found.wakes_at is None:
+        return None
+    return _place_of(task), found.wakes_at - task.get_loop().time()
+
+
+def _above(
+    members: set[asyncio.Task[Any]],
+) -> tuple[set[asyncio.Task[Any]], set[asyncio.Task[Any]]]:
+    """The tasks that await a member: those whose cancellation reaches a member, and all others."""
+    reaching: set[asyncio.Task[Any]] = set()
+    others: set[asyncio.Task[Any]] = set()
     unseen = list(members)
     while unseen:
-        for task in _awaiting(unseen.pop()):
-            if task not in members and task not in above and not task.done():
-                above.add(task)
+        subject = unseen.pop()
+        for task in _awaiting(subject) - members - reaching:
+            found = awaited_by(task)
+            if found is None or subject not in found.tasks:
+                continue  # one that is awaited together with it
+            if found.passes_on and subject not in others:
+                reaching.add(task)
                 unseen.append(task)
-    return above
+            elif task not in others:
+                others.add(task)
+                unseen.append(task)
+    return reaching, others - reaching
 
 
 def _awaiting(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
-    """The tasks that what is called when a task is done will wake."""
-    found: set[asyncio.Task[Any]] = set()
+    """The tasks that are woken when a task is done, by what that calls, or the futures that it sets."""
+    found: set[asyncio.Future[Any]] = {task}
+    unseen: list[asyncio.Future[Any]] = [task]
 
     def note(value: Any) -> None:
-        if isinstance(value, asyncio.Task):
+        if isinstance(value, asyncio.Future) and value not in found and not value.done():
             found.add(value)
+            unseen.append(value)
 
-    _follow([callback for callback, _ in internals.callbacks_of(task)], note)
-    return found - {task}
+    while unseen:
+        future = unseen.pop()
+        if future is task or not isinstance(future, asyncio.Task):
+            _follow([callback for callback, _ in internals.callbacks_of(future)], note)
+    return {future for future in found if isinstance(future, asyncio.Task)} - {task}
 
 
 def _place_of(task: asyncio.Task[Any]) -> Place:
@@ -549,27 +598,17 @@ def _place_of(task: asyncio.Task[Any]) -> Place:
     return place((users[-1].f_code, users[-1].f_lineno)) if users else NOWHERE
 
 
-def _waits_for_one_of(task: asyncio.Task[Any], members: set[asyncio.Task[Any]]) -> bool:
-    """Whether a task stands in `asyncio.wait_for`, with a limit, for one of these."""
-    found = awaited_by(task)
-    return (
-        found is not None
-        and found.timed
-        and bool(found.tasks & members)
-        and any(frame.f_code is asyncio.wait_for.__code__ for _, frame in steps_of(task))
-    )
-
-
-def _limits_on(step: Any) -> list[object]:
-    """The time limits that run on the stack of a suspended coroutine."""
-    found = []
+def _limits_on(step: Any) -> dict[object, float]:
+    """The time limits that run on the stack of a suspended coroutine, and when each is up."""
+    found: dict[object, float] = {}
     for held in gc.get_referents(step):
         owner = getattr(held, "__self__", held) if type(held) is MethodType else held
         inner = getattr(owner, "gen", None)
         for value in (owner, *(gc.get_referents(inner) if inner is not None else ())):
             value = value.__self__ if type(value) is MethodType else value
-            if internals.limits_of(value):
-                found.append(value)
+            deadline = internals.deadline_of(value)
+            if deadline is not None:
+                found[value] = deadline
     return found
 
 
@@ -593,7 +632,7 @@ def _is_being_woken(stuck: Stuck) -> bool | None:
 def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> bool:
     """Whether a callback of a loop can touch one of the targets, given by their ids."""
     callback, arguments = internals.callback_of(handle)
-    if getattr(callback, "__module__", None) == __name__:
+    if getattr(callback, "__module__", None) == __name__ or internals.ends_as_completed(callback):
         return False
     seen: set[int] = set()
     _follow([callback, *arguments], lambda value: seen.add(id(value)))
@@ -614,8 +653,15 @@ def _follow(values: Iterable[Any], visit: Callable[[Any], object]) -> None:
             value, (asyncio.AbstractEventLoop, ModuleType, type, asyncio.Task)
         ):
             continue
-        if isinstance(value, FunctionType):
-            held: Iterable[Any] = value.__closure__ or ()
+        if isinstance(value, asyncio.Future):
+            # Not what asyncio does then: it knows those that are awaited together with this one.
+            held: Iterable[Any] = (
+                callback
+                for callback, _ in internals.callbacks_of(value)
+                if not str(getattr(callback, "__module__", "")).startswith("asyncio.")
+            )
+        elif isinstance(value, FunctionType):
+            held = value.__closure__ or ()
         elif isinstance(value, functools.partial):
             held = (value.func, value.args, value.keywords)
         elif isinstance(value, (list, set, dict)) and len(value) > _CALLBACK_NODES:

@@ -17,9 +17,8 @@ import gc
 import sys
 import threading
 import time
-import weakref
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from dataclasses import dataclass, field
 from types import (
@@ -90,14 +89,14 @@ class Users:
 
 
 def users_of(
-    references: Iterable[weakref.ref[Any]], suspects: Collection[asyncio.Task[Any]] = ()
+    handles: Iterable[Callable[[], Any]], suspects: Collection[asyncio.Task[Any]] = ()
 ) -> list[Users]:
-    """Who can use each connection, given by a weak reference to SQLAlchemy's handle; `suspects` are looked at first.
+    """Who can use each connection, given by what returns SQLAlchemy's handle, or None; `suspects` are looked at first.
 
     Called from any thread, by one at a time: else one search would find the other. Tasks that run meanwhile may
     change what it sees, so whoever wants to be sure looks whether anything has moved.
     """
-    return _Search(suspects).users_of(references)
+    return _Search(suspects).users_of(handles)
 
 
 class _Search:
@@ -136,16 +135,16 @@ class _Search:
 
     # Up from the handle.
 
-    def users_of(self, references: Iterable[weakref.ref[Any]]) -> list[Users]:
+    def users_of(self, handles: Iterable[Callable[[], Any]]) -> list[Users]:
         """Go up from all handles at once, so that they share the looks at the heap."""
         # By their ids: what has been seen, so that it stays alive, and from which handles the way led there, with
         # whether it is through a list.
         alive: dict[int, Any] = {}
         ways: dict[int, dict[int, bool]] = {}
         found = []
-        for number, reference in enumerate(references):
+        for number, handle in enumerate(handles):
             found.append(Users())
-            _begin(number, reference, alive, ways)
+            _begin(number, handle, alive, ways)
         frontier = list(alive.values())
         while frontier:
             _let_others_run()
@@ -335,12 +334,12 @@ class _Search:
 
 def _begin(
     number: int,
-    reference: weakref.ref[Any],
+    handle_now: Callable[[], Any],
     alive: dict[int, Any],
     ways: dict[int, dict[int, bool]],
 ) -> None:
     """Begin the way up from a handle, if it is still there."""
-    handle = reference()
+    handle = handle_now()
     if handle is not None:
         alive[id(handle)] = handle
         ways.setdefault(id(handle), {})[number] = False

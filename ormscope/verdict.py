@@ -70,9 +70,9 @@ class Snapshot:
     """A pool at one moment, as far as a PoolScope knows it. `at` is in seconds on the clock of whoever asked.
 
     `waiting` are those in line, those that hold a connection included. `proved` is whether
-    a deadlock is, `timers` are the lines of the time limits that its members have set themselves and that end it,
-    `limits_above` those of tasks that await a member, which will cancel it; `behind` are the pools that are stuck
-    without this one, which only waits for them. `blocked` is where the event
+    a deadlock is, `timers` are the lines of the time limits that end it before `timeout` does, `limits_above` those
+    of tasks that await a member without ending it, and may then do so; `behind` are the pools that are stuck without
+    this one, which only waits for them. `blocked` is where the event
     loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
     they are threads. `moved` is whether a connection came back or was handed out a moment ago, `still` whether none
     has for long. `connect_error` is how the last attempts to connect failed, of which `attempts` were made in the last
@@ -229,13 +229,13 @@ def _asked(asked: list[Waiting], pool: str) -> list[str]:
 def _end(verdict: Verdict) -> str:
     if verdict.timers:
         places = " and ".join(place.short for place in sorted(set(verdict.timers))[:3])
-        return f"when a time limit in {places} ends it, or pool_timeout, whichever comes first"
+        return f"when a time limit in {places} ends it"
     ends = []
     if verdict.timeout is not None:
         ends.append(f"pool_timeout ({verdict.timeout:g} s) makes a waiter give up")
     if verdict.limits_above:
         places = " and ".join(place.short for place in sorted(set(verdict.limits_above))[:3])
-        ends.append(f"a time limit in {places}, which awaits it, cancels it")
+        ends.append(f"{places}, which awaits it with a time limit, cancels it")
     if not ends:
         return "never: pool_timeout is None"
     return f"when {' or '.join(ends)}, and not before"
@@ -251,7 +251,7 @@ def _formula(verdict: Verdict, several_pools: bool) -> list[str]:
         ]
     deeper = tasks * depth + 1
     return [
-        f"  {'formula':<9} {tasks} tasks × ({depth} - 1) + 1 = {verdict.needed} connections would be enough,"
+        f"  {'formula':<9} {tasks} tasks × ({depth} - 1) + 1 = {verdict.needed} connections,"
         f" or {deeper} if one asks for {depth + 1} at once; there are {verdict.capacity}"
     ]
 

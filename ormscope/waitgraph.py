@@ -12,11 +12,12 @@ Whatever else is awaited, alone or beside tasks (a socket, an Event, a Lock, a Q
 wake a task at any time, so nothing is proved through it. A deadlock through one of those is not found; none is
 invented.
 
-A time limit that one of the stuck tasks has set itself (`asyncio.timeout`, `wait_for`, `wait(timeout=)`, anyio's
-scopes, `loop.call_later` with its own cancel) makes it a "deadlock until a timer": named, with the line, but not
-counted among the deadlocks, and no alert that says "restart" fires. Somebody else may always cancel a task from
-outside: that is not counted, as a restart is not; but where a task that awaits a stuck one has a time limit, the
-report says so.
+A time limit that runs out before `pool_timeout` does, of a stuck task (`asyncio.timeout`, `wait_for`,
+`wait(timeout=)`, anyio's scopes, `loop.call_later` with its own cancel) or of a task that awaits one and passes its
+cancellation on, makes it a "deadlock until a timer": named, with the line, but not counted among the deadlocks, and
+no alert that says "restart" fires. Who awaits a stuck task by `asyncio.wait(timeout=)`, `as_completed` or `shield`
+will go on by himself, and may then cancel it or not: it stays a deadlock, whose report says that he may. Somebody
+else may always cancel a task from outside: that is not counted, as a restart is not.
 """
 
 from __future__ import annotations
@@ -38,12 +39,17 @@ from ormscope.stacks import locals_of, sleeping_frames, steps_of
 
 @dataclass(slots=True)
 class Awaited:
-    """What a sleeping task waits for: the unfinished `tasks`; whether `others` may wake it; whether a timer may."""
+    """What a sleeping task waits for: the unfinished `tasks`; whether `others` may wake it.
+
+    `wakes_at` is when a timer does, on the loop's clock. `passes_on` is whether a cancellation of the task reaches
+    those it awaits, as it does through `await`, `gather` and a TaskGroup.
+    """
 
     future: object
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     others: bool = False
-    timed: bool = False
+    wakes_at: float | None = None
+    passes_on: bool = True
 
 
 def awaited_by(task: asyncio.Task[Any]) -> Awaited | None:
@@ -85,7 +91,7 @@ def _resolve(
         return
     children: Iterable[asyncio.Future[Any]] | None = internals.gathered(future)
     if children is None and (inner := internals.shielded(future)) is not None:
-        children = (inner,)
+        children, found.passes_on = (inner,), False
     if children is None and sleeper is not None:
         children = _awaited_in_frames(sleeper, future, found)
     if children is None:
@@ -108,7 +114,10 @@ def _awaited_in_frames(
             frame, locals_of, future
         ) or internals.awaited_by_as_completed(frame, caller, locals_of, _referents(sleeper))
         if waited is not None:
-            found.timed |= waited[1]
+            found.wakes_at = waited[1]
+            found.passes_on = (
+                frame.f_code is asyncio.wait_for.__code__
+            )  # a task of its own before Python 3.12
             return waited[0]
         caller = frame
     return None
@@ -152,7 +161,6 @@ class Stuck:
     pools: set[Pool]
     members: set[TaskOrThread]
     signature: dict[TaskOrThread, object]
-    timed: bool = False
     about: frozenset[Pool] = frozenset()
 
 
@@ -259,9 +267,7 @@ class _Search:
         """These pools, which are stuck, with everybody through whom that goes."""
         members = self.members(pools)
         signature = {member: self.waiting_for(member) for member in members}
-        awaited = (self.awaited.get(member) for member in members)
-        timed = any(found is not None and found.timed for found in awaited)
-        return Stuck(pools, members, signature, timed, frozenset(pools))
+        return Stuck(pools, members, signature, frozenset(pools))
 
     def members(self, pools: set[Pool]) -> set[TaskOrThread]:
         """Everybody through whom the proof that these pools are stuck goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,8 +15,22 @@ PATIENCE = 60  # seconds; only a broken instrument takes so long
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run a test's coroutine, but not for ever."""
-    return asyncio.run(asyncio.wait_for(main, PATIENCE))
+    """Run a test's coroutine, but not for ever.
+
+    The watchdog stands outside of asyncio: a PoolScope would name a time limit of asyncio's, which ends a deadlock.
+    """
+
+    async def watched() -> Any:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        watchdog = threading.Timer(PATIENCE, loop.call_soon_threadsafe, (task.cancel,))
+        watchdog.start()
+        try:
+            return await main
+        finally:
+            watchdog.cancel()
+
+    return asyncio.run(watched())
 
 
 async def until(condition: Callable[[], object]) -> None:

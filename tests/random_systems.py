@@ -802,7 +802,7 @@ class Report:
         )
         if not expired and not cancelled:
             self.wrong["false"] = seconds
-        elif expired and not told.timed:
+        elif expired and not cancelled and not told.timed:  # else it may have been another's limit
             self.wrong["limit overlooked"] = seconds
 
     def _moves(self, told: Told, until: float) -> list[float]:

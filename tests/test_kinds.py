@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from helpers import SELECT, cancelled, price_of, run, until
+from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import (
@@ -128,7 +128,7 @@ async def timeout_around_a_task(engine: AsyncEngine) -> None:
 
 async def timeout_around_a_gather(engine: AsyncEngine) -> None:
     async with asyncio.timeout(0.8):
-        await asyncio.gather(twice(engine))
+        await asyncio.gather(asyncio.gather(twice(engine)))
 
 
 async def timeout_around_a_large_gather(engine: AsyncEngine) -> None:
@@ -137,9 +137,52 @@ async def timeout_around_a_large_gather(engine: AsyncEngine) -> None:
 
 
 async def timeout_around_a_group(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(0.8), asyncio.TaskGroup() as group:
+        group.create_task(twice(engine))
+
+
+async def timeout_around_anyios_group(engine: AsyncEngine) -> None:
     with anyio.move_on_after(0.8):
         async with anyio.create_task_group() as group:
             group.start_soon(twice, engine)
+
+
+async def wait_for_around_a_task(engine: AsyncEngine) -> None:
+    await asyncio.wait_for(asyncio.create_task(twice(engine)), 0.8)
+
+
+async def timeout_two_tasks_above(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(0.8):
+        await asyncio.create_task(timeout_none(engine))
+
+
+async def timeout_none(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(None):
+        await asyncio.create_task(twice(engine))
+
+
+async def wait_around_a_task(engine: AsyncEngine) -> None:
+    task = asyncio.create_task(twice(engine))
+    await asyncio.wait({task}, timeout=0.8)
+    task.cancel()
+
+
+async def as_completed_around_a_task(engine: AsyncEngine) -> None:
+    task = asyncio.create_task(twice(engine))
+    try:
+        for done in asyncio.as_completed([task], timeout=0.8):
+            await done
+    finally:
+        task.cancel()
+
+
+async def timeout_around_a_shield(engine: AsyncEngine) -> None:
+    task = asyncio.create_task(twice(engine))
+    try:
+        async with asyncio.timeout(0.8):
+            await asyncio.shield(task)
+    finally:
+        task.cancel()
 
 
 async def twice(engine: AsyncEngine) -> None:
@@ -147,33 +190,63 @@ async def twice(engine: AsyncEngine) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        timeout_around_a_task,
-        timeout_around_a_gather,
-        timeout_around_a_large_gather,
-        timeout_around_a_group,
-    ],
-    ids=named,
-)
+ENDING = [
+    timeout_around_a_task,
+    timeout_around_a_gather,
+    timeout_around_a_large_gather,
+    timeout_around_a_group,
+    timeout_around_anyios_group,
+    wait_for_around_a_task,
+    timeout_two_tasks_above,
+]
+WAKING = [wait_around_a_task, as_completed_around_a_task, timeout_around_a_shield]
+
+
+@pytest.mark.parametrize("way", [*ENDING, *WAKING], ids=named)
 def test_the_time_limit_of_who_awaits_a_stuck_task_is_told(way: Way, url: str) -> None:
-    """It cancels from outside, so a deadlock it is; but nobody may be told that it never ends."""
+    """One that cancels the stuck task ends the deadlock; one that only wakes who awaits it may end it."""
 
     async def main() -> Verdict:
         engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
         scope = PoolScope(engine)
+        await price_of(
+            engine
+        )  # so that the limit does not run while the first connection is opened
         task = asyncio.create_task(way(engine))
-        await asyncio.sleep(0.35)
+        await until(lambda: scope.cause() in ("deadlock", "deadlock until a timer"))
         verdict = scope.verdict()
         await asyncio.wait({task})
         task.exception()
+        await until(lambda: scope.cause() == "healthy")
         await engine.dispose()
         return verdict
 
     verdict = run(main())
-    assert verdict.cause == "deadlock"
+    assert verdict.cause == ("deadlock until a timer" if way in ENDING else "deadlock")
     assert "never" not in str(verdict) and f"{named(way)}, line" in str(verdict)
+
+
+def test_pool_timeout_ends_it_before_a_longer_limit_does(url: str) -> None:
+    """A job that may last an hour has no part in what the pool's own limit ends after seconds."""
+
+    async def main() -> Verdict:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=2)
+        scope = PoolScope(engine)
+        task = asyncio.create_task(hurries(engine))
+        verdict = await scope.deadlock()
+        assert verdict is not None
+        await asyncio.wait({task})
+        assert isinstance(task.exception(), PoolTimeoutError)
+        await engine.dispose()
+        return verdict
+
+    async def hurries(engine: AsyncEngine) -> None:
+        async with asyncio.timeout(3600):
+            await asyncio.create_task(twice(engine))
+
+    verdict = run(main())
+    assert verdict.cause == "deadlock" and "pool_timeout (2 s)" in str(verdict)
+    assert "hurries" not in str(verdict)
 
 
 def test_two_deadlocks_are_two(url: str) -> None:
@@ -188,13 +261,16 @@ def test_two_deadlocks_are_two(url: str) -> None:
         )
 
         async def with_a_limit() -> None:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(PATIENCE) as limit:
+                limits.append(limit)
                 await twice(engines[0])
 
+        limits: list[asyncio.Timeout] = []
         tasks = [asyncio.create_task(with_a_limit()), asyncio.create_task(twice(engines[1]))]
         await until(lambda: limited.waiters)  # its connection may be the later one to be opened
         await endless.deadlock()
-        assert limited.verdict().cause == "deadlock until a timer"
+        await until(lambda: limited.cause() == "deadlock until a timer")
+        limits[0].reschedule(asyncio.get_running_loop().time())
         await asyncio.wait({tasks[0]})
         tasks[0].exception()
         assert [limited.verdict().cause, endless.verdict().cause] == ["healthy", "deadlock"]
@@ -481,7 +557,7 @@ def test_a_ring_of_pools(url: str, number: int) -> None:
         assert verdict.cause == "deadlock" and "of the same pool" not in report
         (other,) = {holding.waits.pool for holding in verdict.holding if holding.waits}
         assert other != verdict.pool and f"ask {other}" in report
-        assert "one order everywhere" in report and "would be enough" not in report
+        assert "one order everywhere" in report and " tasks × " not in report
 
 
 def test_who_queues_in_another_pool_is_told(url: str) -> None:
@@ -822,7 +898,7 @@ def test_no_number_is_named_where_connections_are_taken_one_after_another(url: s
 
     for size in (5, 7):
         verdict = run(main(size))
-        assert verdict is not None and "would be enough" not in str(verdict)
+        assert verdict is not None and " tasks × " not in str(verdict)
         assert "give each connection back before the next is taken" in str(verdict)
     assert run(main(8)) is None
 
