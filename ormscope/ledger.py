@@ -23,7 +23,6 @@ from ormscope.tracebacks import outcome_of
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
 _KEPT_OWNERS = 1000
-_KEPT_PLACES = 1000  # of connections that lie in a pool
 # A thread that has asked for so long is in the queue, whatever it saw before.
 _CERTAIN_SECONDS = 0.005
 
@@ -152,8 +151,10 @@ class Ledger:
         # Connections taken past the queue since somebody in it was served, and when the last of them was.
         self.overtaken = 0
         self.overtaken_at = 0.0
-        # Who had a connection last that lies in the pool, by the id of its place there.
-        self._last: dict[int, tuple[weakref.ref[ConnectionPoolEntry], Holder]] = {}
+        # Where a connection that lies in the pool was taken last, and by whom.
+        self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
+            weakref.WeakKeyDictionary()
+        )
         # Whose last wait ended in a timeout.
         self.timed_out: weakref.WeakSet[TaskOrThread] = weakref.WeakSet()
         self._has_timed_out = False  # a WeakSet is slow to say
@@ -275,9 +276,7 @@ class Ledger:
             holder = self._drop(record)
             if holder is not None:
                 self.counts.holds.add(now - holder.since)
-                self._last[id(record)] = weakref.ref(record), holder
-                if len(self._last) > _KEPT_PLACES:
-                    self._last.clear()
+                self.last_taken[record] = holder
             elif self._unseen and record not in self._taken and current() not in self.waiters:
                 self._unseen -= 1
             self.returned += 1
@@ -298,7 +297,6 @@ class Ledger:
         if isinstance(pool, QueuePool):
             pool.checkedin()  # makes its queue now: at the first look, two threads might make one each
         self.overtaken = 0
-        self._last.clear()
 
     def statement_begins(self, context: ExecutionContext | None, statement: str) -> None:
         """A statement goes to the server."""
@@ -376,11 +374,6 @@ class Ledger:
         """The connections of a pool that are checked out, oldest first."""
         with self.lock:
             return [holder for holder in self.holders.values() if holder.pool is pool]
-
-    def last_holder(self, record: ConnectionPoolEntry) -> Holder | None:
-        """Who had a connection last that nobody has now; None where nobody saw it."""
-        found = self._last.get(id(record))
-        return None if found is None or found[0]() is not record else found[1]
 
     def pools_in_demand(self) -> set[Pool]:
         """The pools that connections are out of, while somebody waits for one."""

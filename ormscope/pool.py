@@ -415,6 +415,8 @@ class PoolScope:
                     activities.append(Activity("database"))
                 else:
                     activities.append(activity_of(subject, self.engine.dialect))
+            if holder.kept_by and not subjects:
+                activities += self._idle_takers(holder)
             activity = min(activities, key=lambda found: _ORDER.index(found.doing), default=None)
             if activity is not None and not self._is_long_since(holder, now):
                 activity = Activity("running") if activity.doing == "elsewhere" else activity
@@ -433,6 +435,15 @@ class PoolScope:
                 )
             )
         return tuple(holding), below
+
+    def _idle_takers(self, holder: Holder) -> list[Activity]:
+        """What those do who took a connection that only a module keeps now, where they are threads without work."""
+        found = [
+            activity_of(owner.subject, self.engine.dialect)
+            for owner in (holder.owner, holder.last_user)
+            if isinstance(owner.subject, threading.Thread) and owner.alive
+        ]
+        return [activity for activity in found if activity.doing == "idle"]
 
     def _look_for_orphans(self, now: float, thorough: bool) -> None:
         """Find out who has the connections whose takers have ended, or are threads without work."""

@@ -334,7 +334,7 @@ def _ours(scope: PoolScope) -> tuple[dict[int, Holder], dict[int, Holder | None]
         if other is scope or _address(other) == _address(scope):
             holders |= {_pid_of(holder.handle()): holder for holder in other.holders}
             for record in internals.idle_records(other.pool):
-                idle[_pid_of(record)] = other.ledger.last_holder(record)
+                idle[_pid_of(record)] = other.ledger.last_taken.get(record)
     holders.pop(0, None)
     return holders, idle
 

@@ -157,9 +157,16 @@ def _cause(pool: Snapshot) -> Cause:
         return "held across a foreign await"
     if pool.connect_error is not None:
         return "connects failing"
-    if waiting and (pool.unseen or pool.still):
+    if waiting and (pool.unseen or pool.still or 2 * _idle(pool) > len(pool.holding)):
         return "unknown"
     return "saturated" if waiting else "healthy"
+
+
+def _idle(pool: Snapshot) -> int:
+    """How many are held by threads of an executor that have nothing to do, and may go on with them, or not."""
+    return sum(
+        holder.activity is not None and holder.activity.doing == "idle" for holder in pool.holding
+    )
 
 
 def _out_of(verdict: Verdict) -> str:
@@ -435,6 +442,9 @@ def _unknown_report(verdict: Verdict) -> list[str]:
             f"{verdict.unseen} were checked out before this PoolScope was made; nobody saw by whom."
         )
         fix = "create the PoolScope where the engine is created"
+    elif idle := _idle(verdict):
+        why = f"{idle} of them are held by threads of an executor that have nothing to do."
+        fix = "close the session where the thread's work ends (with, or remove() for a scoped session)"
     elif verdict.database != "postgresql":
         why = "Nothing has come back for seconds. A slow statement, or a lock?"
         statements = Counter(holder.last_sql for holder in verdict.holding if holder.last_sql)

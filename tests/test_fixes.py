@@ -810,6 +810,62 @@ def test_remove_a_scoped_session(at: Setting) -> None:
     work(remove=True).check_that_it_is_cured()
 
 
+# Of a module, as they are in a service: whoever had one in hand could close what is in it.
+REGISTRIES = {
+    "by thread-local": scoped_session(sessionmaker()),
+    "by identifier": scoped_session(sessionmaker(), threading.get_ident),
+}
+
+
+@pytest.mark.parametrize("which", list(REGISTRIES))
+def test_remove_the_session_of_a_thread_that_lives_on(server: Server, which: str) -> None:
+    """Its next piece of work may use it again, so nobody says that it is lost; nor that the database is slow."""
+
+    def starve(remove: bool) -> tuple[bool, Verdict]:
+        engine = create_engine(
+            server.url.replace("asyncpg", "psycopg"),
+            pool_size=2,
+            max_overflow=0,
+            pool_timeout=PATIENCE,
+        )
+        scope, together = PoolScope(engine), threading.Barrier(2)
+        REGISTRIES[which].configure(bind=engine)
+
+        def work() -> None:
+            REGISTRIES[which].execute(SELECT)
+            together.wait(PATIENCE)
+            if remove:
+                REGISTRIES[which].remove()
+
+        def close() -> None:
+            together.wait(PATIENCE)
+            REGISTRIES[which].remove()
+
+        customer = threading.Thread(target=ask_in_thread, args=(engine,))
+        with ThreadPoolExecutor(2) as workers:
+            for job in [workers.submit(work) for _ in range(2)]:
+                job.result()
+            customer.start()
+            if not remove:
+                assert await_that(lambda: scope.cause() == "unknown", PATIENCE)
+            else:
+                customer.join(PATIENCE)
+            starves, verdict = customer.is_alive(), scope.verdict()
+            for job in [workers.submit(close) for _ in range(2)]:
+                job.result()
+        customer.join(PATIENCE)
+        engine.dispose()
+        return starves, verdict
+
+    starves, ill = starve(remove=False)
+    assert starves and "2 of them are held by threads of an executor" in str(ill), str(ill)
+    assert fix_of(ill) == (
+        "close the session where the thread's work ends (with, or remove() for a scoped session)"
+    )
+    starves, well = starve(remove=True)
+    assert not starves and well.cause == "healthy", str(well)
+
+
 # Something else is awaited with a connection in hand: here, what comes only when others were served.
 
 

@@ -307,7 +307,7 @@ def test_nothing_is_kept_of_what_is_over(url: str) -> None:
             _ = scope.samples
         gc.collect()
         assert (ledger.holders, ledger.waiters, len(ledger.timed_out)) == ({}, {}, 0)
-        assert len(ledger.attempts) <= 100 and len(ledger._last) <= 3
+        assert len(ledger.attempts) <= 100 and len(ledger.last_taken) <= 3
         await engine.dispose()
 
     run(main())
