@@ -198,7 +198,7 @@ def _open(hook: _Hook, original: _Method) -> _Method:
             hook.tell("connect_failed", error)
             raise
         if is_the_attempt:
-            hook.tell("connected")
+            hook.tell("connected", *arguments)
         return opened
 
     return create_connection

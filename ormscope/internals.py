@@ -1,4 +1,4 @@
-"""The private names of SQLAlchemy, asyncio and anyio that PoolScope reads: here, and nowhere else.
+"""The private names of SQLAlchemy, asyncio, anyio and psycopg that PoolScope reads: here, and nowhere else.
 
 Each is read by a function of its own, and `missing()` looks for all of them once, when the first scope is made:
 where a name is gone, the part that needs it is switched off and the verdict says so, instead of guessing.
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -66,6 +66,12 @@ def record_of_statement(context: ExecutionContext) -> ConnectionPoolEntry | None
     """The place in its pool of the connection that a statement goes to; None where it has none."""
     fairy = context.root_connection._dbapi_connection
     return None if fairy is None else record_of(fairy)
+
+
+def parameters_of(context: ExecutionContext) -> Iterator[Any]:
+    """The values that are sent with a statement."""
+    for row in context.parameters:
+        yield from row.values() if isinstance(row, Mapping) else row
 
 
 def handle_of(record: ConnectionPoolEntry) -> weakref.ref[PoolProxiedConnection]:
@@ -238,6 +244,19 @@ _CHAIN_CODES = _codes(getattr(asyncio.futures, "_chain_future", asyncio.shield))
 _WAIT = vars(asyncio.tasks).get("_wait")
 _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_for) if function)
 LOOP_STEP = asyncio.Handle._run.__code__
+
+# psycopg.
+
+
+def only_looks_up(handle: asyncio.Handle) -> bool:
+    """Whether a callback of a loop is psycopg's, by which a statement in progress looks ten times a second whether it
+    has been interrupted, and waits on."""
+    callback, _ = callback_of(handle)
+    return (
+        getattr(callback, "__module__", None) == "psycopg.waiting"
+        and getattr(callback, "__qualname__", None) == "wait_async.<locals>.timedout"
+    )
+
 
 # The self-test.
 

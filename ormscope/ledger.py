@@ -15,9 +15,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 
 from ormscope.durations import Durations
-from ormscope.internals import capacity_of, handle_of, record_of, record_of_statement
+from ormscope.internals import (
+    capacity_of,
+    handle_of,
+    parameters_of,
+    record_of,
+    record_of_statement,
+)
 from ormscope.owners import Owner, TaskOrThread, current
 from ormscope.places import RawPlace, calling_places
+from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
@@ -40,7 +47,9 @@ class Holder:
 
     `users` are the tasks and threads that were found to be able to use it, None where nobody has looked since
     it was used last; `kept_by` says what else keeps it, `is_lost` whether nobody is left who could give it back,
-    `is_moving` whether a function that ran just then had it.
+    `is_moving` whether a function that ran just then had it. `settings` are the server's time limits that statements
+    may have set on it, by name; None where not all that it ever executed was seen. `is_stuck`: a proved deadlock goes
+    through the statement that it executes.
     """
 
     owner: Owner
@@ -57,6 +66,8 @@ class Holder:
     is_lost: bool = False
     is_moving: bool = False
     looked_at: float = 0.0
+    settings: dict[str, Setting] | None = None
+    is_stuck: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -113,6 +124,7 @@ class Ledger:
         samples: bool,
         on_queue: Callable[[Waiter], None],
         on_return: Callable[[Pool], None],
+        on_answer: Callable[[Holder], None],
     ) -> None:
         self.engine = engine
         self.lock = threading.RLock()
@@ -130,6 +142,10 @@ class Ledger:
         self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
             weakref.WeakKeyDictionary()
         )
+        # The time limits that statements may have set on each connection that was seen from its beginning on.
+        self._settings: weakref.WeakKeyDictionary[ConnectionPoolEntry, dict[str, Setting]] = (
+            weakref.WeakKeyDictionary()
+        )
         # Whose last wait ended in a timeout.
         self.timed_out: weakref.WeakSet[TaskOrThread] = weakref.WeakSet()
         self._queue_lengths: Counter[int] = Counter()  # by the pool's id
@@ -137,7 +153,7 @@ class Ledger:
         self._taken: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self._held_by: Counter[int] = Counter()  # connections checked out, by their owner's key
         self._failed_as = 0
-        self._on_queue, self._on_return = on_queue, on_return
+        self._on_queue, self._on_return, self._on_answer = on_queue, on_return, on_answer
 
     # What the hooks tell.
 
@@ -173,9 +189,10 @@ class Ledger:
                 self._leaves_queue(waiter)
             self._sample(time.perf_counter(), pool)
 
-    def connected(self) -> None:
-        """A connection to the server was opened."""
+    def connected(self, record: ConnectionPoolEntry) -> None:
+        """A connection to the server was opened, for this place in the pool."""
         self.counts.opened += 1
+        self._settings[record] = {}
         self.attempts.append(Attempt(time.perf_counter(), "", False))
 
     def connect_failed(self, error: BaseException) -> None:
@@ -195,6 +212,7 @@ class Ledger:
         frames = calling_places() if waiter is None else waiter.frames
         owner = Owner(who)
         holder = Holder(owner, now, frames, pool, handle_of(record), owner, now)
+        holder.settings = self._settings.get(record)
         with self.lock:
             self._count_wait(waiter, now)
             if waiter is not None and waiter.certain:
@@ -265,7 +283,9 @@ class Ledger:
         """A statement goes to the server; returns whose connection carries it, where that is known."""
         record = None if context is None else record_of_statement(context)
         holder = None if record is None else self.holders.get(record)
-        if holder is not None:
+        if context is not None and record is not None and holder is not None:
+            for setting in settings_in(statement, lambda: parameters_of(context)):
+                self._note_setting(record, holder, setting)
             holder.last_sql, holder.users, holder.is_lost = statement, None, False
             holder.statements += 1
             who = current()
@@ -278,6 +298,17 @@ class Ledger:
         if holder is not None:
             holder.statements -= 1
             holder.last_used = time.perf_counter()
+            if holder.is_stuck:
+                holder.is_stuck = False
+                self._on_answer(holder)
+
+    def _note_setting(self, record: ConnectionPoolEntry, holder: Holder, setting: Setting) -> None:
+        """A statement may set a time limit: for as long as the connection is open, or out of the pool."""
+        known = self._settings.get(record)
+        if known is not None and not setting.is_local:
+            self._settings[record] = {**known, setting.name: setting}
+        if holder.settings is not None:
+            holder.settings = {**holder.settings, setting.name: setting}
 
     def _count_wait(self, waiter: Waiter | None, now: float) -> None:
         waited = 0.0 if waiter is None else now - waiter.since

@@ -22,7 +22,15 @@ from ormscope.ledger import Attempt, Holder, Ledger, Sample, Waiter
 from ormscope.loop import LoopScope
 from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
-from ormscope.places import NOWHERE, Place, RawPlace, place, places, running_places
+from ormscope.places import (
+    NOWHERE,
+    Place,
+    RawPlace,
+    own_place,
+    place,
+    places,
+    running_places,
+)
 from ormscope.proof import Proof
 from ormscope.server import ServerReport, ask
 from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
@@ -81,7 +89,7 @@ class PoolScope:
         self.failure: str | None = None
         self.proof: Proof | None = None
         self.lacking = internals.missing()
-        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return)
+        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return, self._on_answer)
         self._last: tuple[Proof, Verdict] | None = None
         self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Verdict | None]]] = []
         self._closed = False
@@ -247,7 +255,7 @@ class PoolScope:
 
     async def deadlock(self) -> Verdict | None:
         """Wait until a deadlock of this pool is proved, among tasks or threads; None once the scope is closed."""
-        if self.proof is not None and not self.proof.timers and self.deadlocks:
+        if self.proof is not None and not self.proof.is_timed and self.deadlocks:
             return self.deadlocks[-1]
         if self._closed or self.failure:
             return None
@@ -267,7 +275,7 @@ class PoolScope:
         """Called once for each proof that this pool is part of."""
         verdict = judge(self._snapshot(thorough=False))
         self._last = (found, verdict)
-        if found.timers:
+        if found.is_timed:
             return
         self.deadlock_count += 1
         if len(self.deadlocks) < _KEPT_DEADLOCKS:
@@ -297,15 +305,11 @@ class PoolScope:
             proof.begin(waiter, self.ledger.holds(waiter.who))
 
     def _on_return(self, pool: Pool) -> None:
-        if self.proof is None:
-            return
-        for scope in list(proof.scopes):
-            found = scope.proof
-            if found is not None and id(pool) in found.pools:
-                found.broken_at = (
-                    time.perf_counter()
-                )  # a connection came back, so the circle is broken
-                scope.proof = None
+        if self.proof is not None:
+            proof.withdraw(lambda found: id(pool) in found.pools)
+
+    def _on_answer(self, holder: Holder) -> None:
+        proof.withdraw(lambda found: holder.last_user.subject in found.in_server)
 
     def _broken_for(self, who: TaskOrThread) -> Verdict | None:
         """The deadlock that somebody was part of until a moment ago."""
@@ -365,6 +369,8 @@ class PoolScope:
             proved=found is not None and id(pool) in found.pools,
             timers=found.timers if found is not None else (),
             limits_above=found.limits_above if found is not None else (),
+            through_server=found is not None and bool(found.in_server),
+            server_limits=found.server_limits if found is not None else (),
             blocked=self._blocked(now, queue),
             overtaken=self._is_overtaken(now, queue),
             threads=bool(queue) and not isinstance(queue[0].who, asyncio.Task),
@@ -390,15 +396,19 @@ class PoolScope:
         ledger, queued = self.ledger, _queued_anywhere()
         holders = ledger.held(self.pool)
         below: set[TaskOrThread] = set()
+        stopped = set() if self.proof is None else set(self.proof.in_server)
         holding = []
         for holder in holders:
             subjects = proof.live_users(holder)
-            waits = None
+            waits = in_server = None
             activities: list[Activity] = []
             for subject in subjects:
                 children = waitgraph.below(subject)
                 below |= children
                 entry = next((queued[who] for who in (subject, *children) if who in queued), None)
+                locked_out = next((who for who in (subject, *children) if who in stopped), None)
+                if locked_out is not None:
+                    in_server = own_place(locked_out)
                 if entry is not None:
                     waits = waits or _waiting(entry[1], now, entry[0])
                 elif holder.statements:
@@ -416,6 +426,7 @@ class PoolScope:
                     places=places(holder.frames),
                     alive=not holder.is_lost,
                     waits=waits if is_stuck else None,
+                    in_server=in_server,
                     activity=activity,
                     last_sql=holder.last_sql,
                     kept_by=holder.kept_by,

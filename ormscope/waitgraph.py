@@ -277,6 +277,9 @@ class _Search:
 
     def waiting_for(self, subject: TaskOrThread) -> object:
         """What somebody waits for, such that it differs once it has been woken in between."""
+        if subject in self.waits.edges:
+            # Its driver may wake and wait on as it likes; whether the server has answered, only the server tells.
+            return frozenset(map(id, self.waits.edges[subject]))
         if isinstance(subject, asyncio.Task):
             return id(awaited_future(subject))
         return id(self.waits.queued(subject))

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import TextClause, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ormscope import PoolScope, proof
+from ormscope import PoolScope, proof, server_limits, server_report
 from ormscope import server as asking
 from ormscope.server import ServerReport
 from workshop.database import Server
@@ -131,10 +131,7 @@ def test_a_deadlock_through_a_lock_in_the_server(
     )
     assert re.search(r"blocked   2 × update at test_server.py:\d+, update: await connection", told)
     assert lock.text[:40] in told
-    assert (
-        lines[-2]
-        == "  ends      never: pool_timeout is None, and connections begin without a lock_timeout"
-    )
+    assert lines[-2] == f"  ends      {server_limits.NEVER}"
     assert re.fullmatch(
         r"  fix       order: use the connection .* \(line \d+\) also at line \d+", lines[-1]
     )
@@ -170,7 +167,7 @@ def test_what_moves_between_two_looks_is_no_deadlock(
 ) -> None:
     """Who has the lock is cancelled after the first look, so that the others go on, one after the other."""
     slowly = text("select pg_advisory_xact_lock(-4711), pg_sleep(2)")
-    suspect, suspicions = asking._suspect, []
+    suspect, suspicions = asking.suspect, []
 
     async def main() -> str:
         engine, scope = pool_of_three(server.url)
@@ -185,7 +182,7 @@ def test_what_moves_between_two_looks_is_no_deadlock(
         async with running(scope, update(engine, slowly), update(engine, slowly)):
             await until(lambda: scope.waiters)
             assert (await blocked(scope, 2)).cause == "deadlock"
-            monkeypatch.setattr(asking, "_suspect", suspect_and_cancel)
+            monkeypatch.setattr(asking, "suspect", suspect_and_cancel)
             return (await scope.ask_server()).cause
 
     assert "deadlock" not in run(main()) and suspicions != [None]
@@ -293,7 +290,7 @@ def test_a_slow_statement_is_only_slow(server: Server) -> None:
             await until(lambda: scope.waiters and locked_out(engine) == 3)
             quiet = await scope.ask_server()
             assert quiet.cause == "quiet", str(quiet)
-            await asyncio.sleep(asking._LONG_SECONDS + 0.1)
+            await asyncio.sleep(server_report._LONG_SECONDS + 0.1)
             return await scope.ask_server()
 
     report = run(main())
@@ -315,7 +312,7 @@ def test_idle_in_transaction_names_the_line_that_began_it(server: Server) -> Non
 
         async with running(scope, forget_to_commit()):
             await until(lambda: scope.holders and scope.holders[0].last_sql)
-            await asyncio.sleep(asking._LONG_SECONDS + 0.1)
+            await asyncio.sleep(server_report._LONG_SECONDS + 0.1)
             return await scope.ask_server()
 
     report = run(main())

@@ -1,0 +1,96 @@
+"""PostgreSQL's own time limits, which may end a wait in the server: what can be known of those of a connection.
+
+A connection begins with what its server, database, role and driver give it: a new one like it can be asked. Later a
+statement may set another one, which only the connection itself could tell; so the statements are looked at as they
+are sent. That such a setting ends with its transaction is not followed, nor one that sets a limit back to nothing: a
+limit that may have ended is told as one that may still count, and nothing is called endless that is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+_WORKS, _IN_TRANSACTION, _IDLE = "active", "idle in transaction", "idle"
+
+# The states of a connection in which each limit runs.
+LIMITS: dict[str, tuple[str, ...]] = {
+    "lock_timeout": (_WORKS,),
+    "statement_timeout": (_WORKS,),
+    "transaction_timeout": (_WORKS, _IN_TRANSACTION),
+    "idle_in_transaction_session_timeout": (_IN_TRANSACTION,),
+    "idle_session_timeout": (_IDLE,),
+}
+# What a new connection has.
+SETTINGS = "select pg_backend_pid(), " + ", ".join(
+    f"current_setting('{name}', true)" for name in LIMITS
+)
+UNSEEN = "a limit that a statement set before the PoolScope was made, if one did"  # nobody can know
+NEVER = (
+    "never, as far as can be seen: pool_timeout is None, connections begin without a time limit, "
+    "and no statement names one"
+)
+
+_NAMES = "|".join(LIMITS)
+_NAMED = re.compile(rf"\b(?:{_NAMES})\b")
+_SET = re.compile(
+    rf"\bset\s+(?P<scope>session\s+|local\s+)?(?P<name>{_NAMES})\s*(?:=|\bto\b)\s*(?P<value>'[^']*'|[^\s;]+)"
+)
+_NO_LIMIT = re.compile(r"0+\s*[a-z]*|default")
+
+
+class Setting(NamedTuple):
+    """A time limit that a statement may have set; `value` is empty where the statement does not show it plainly."""
+
+    name: str
+    value: str
+    is_local: bool  # to the transaction
+
+    @property
+    def words(self) -> str:
+        """The limit, and that it may be over."""
+        value = f"{self.value}, " if self.value else ""
+        return f"{self.name} ({value}if it still is as a statement has set it)"
+
+
+def settings_in(statement: str, parameters: Callable[[], Iterable[Any]]) -> list[Setting]:
+    """The limits that a statement may set; called for every statement, of which nearly none does."""
+    lowered = statement.lower()
+    if "_timeout" not in lowered:
+        # The name may be one of the parameters.
+        names = map(str, parameters()) if "set_config" in lowered else ()
+        return [Setting(name, "", False) for name in names if name.lower() in LIMITS]
+    if lowered.lstrip().startswith(("show ", "reset ")):
+        return []
+    plain = list(_SET.finditer(lowered))
+    found = []
+    for match in plain:
+        value = match["value"].strip("'").strip()
+        if not _NO_LIMIT.fullmatch(value):
+            is_local = (match["scope"] or "").startswith("local")
+            found.append(Setting(match["name"], value, is_local))
+    others = set(_NAMED.findall(lowered)) - {match["name"] for match in plain}
+    return [*found, *(Setting(name, "", False) for name in sorted(others))]
+
+
+def running(
+    state: str, begun_with: dict[str, str], settings: Iterable[Setting] | None, is_waited_for: bool
+) -> list[str]:
+    """The limits that run for a connection in a `state`, in words; `settings` are None where nobody saw them all.
+
+    Where nobody waits for it, that an idle one is ended by the server lets nobody go on.
+    """
+    state = state.removesuffix(" (aborted)")
+
+    def runs(name: str) -> bool:
+        # A state that may not be seen is any.
+        states = LIMITS[name] if state else (_WORKS, _IN_TRANSACTION, _IDLE)
+        return (not state or state in states) and (is_waited_for or _WORKS in states)
+
+    found = [
+        f"{name} ({value})" for name, value in begun_with.items() if value != "0" and runs(name)
+    ]
+    if settings is None:
+        return [*found, UNSEEN]
+    return [*found, *(setting.words for setting in settings if runs(setting.name))]
