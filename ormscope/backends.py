@@ -183,11 +183,22 @@ def edges_of(seen: Backends) -> dict[int, tuple[TaskOrThread, set[TaskOrThread]]
             continue  # it has been woken, or its driver asks the server to end the statement
         if pid in _behind(seen, pid):
             continue  # a circle within the server, which ends that after its deadlock_timeout
-        known = [seen.holders[it] for it in session.blockers if it in seen.holders]
+        known = [
+            seen.holders[it]
+            for it in session.blockers
+            if it in seen.holders and not _works_on(seen.sessions.get(it))
+        ]
         wakers = proof.wakers_of(known) if len(known) == len(session.blockers) else None
         if wakers:
             edges[pid] = who, wakers
     return edges
+
+
+def _works_on(session: Session | None) -> bool:
+    """Whether the server is busy for a session, whatever its client waits for: with a statement that was given up."""
+    if session is None or session.lock or not session.state:  # a state that may not be seen
+        return False
+    return not session.state.startswith("idle")
 
 
 def _behind(seen: Backends, pid: int) -> set[int]:

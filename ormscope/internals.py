@@ -1,4 +1,4 @@
-"""The private names of SQLAlchemy, asyncio, anyio and psycopg that PoolScope reads: here, and nowhere else.
+"""The private names of SQLAlchemy, asyncio, anyio and the drivers that PoolScope reads: here, and nowhere else.
 
 Each is read by a function of its own, and `missing()` looks for all of them once, when the first scope is made:
 where a name is gone, the part that needs it is switched off and the verdict says so, instead of guessing.
@@ -245,7 +245,13 @@ _WAIT = vars(asyncio.tasks).get("_wait")
 _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_for) if function)
 LOOP_STEP = asyncio.Handle._run.__code__
 
-# psycopg.
+# The drivers.
+
+
+def command_timeout_of(driver: object) -> float | None:
+    """After how many seconds asyncpg gives up a statement; None where it does not, or for another driver."""
+    seconds: float | None = getattr(getattr(driver, "_config", None), "command_timeout", None)
+    return seconds
 
 
 def only_looks_up(handle: asyncio.Handle) -> bool:

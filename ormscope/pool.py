@@ -293,8 +293,10 @@ class PoolScope:
     async def ask_server(self) -> ServerReport:
         """Ask PostgreSQL, over a connection outside of the pool, who waits there for whom; it takes 5 s at most.
 
-        Finds a deadlock through a lock in the server, and who is blocked, slow, or idle in a transaction. Raises
-        nothing: the report says what could not be asked.
+        Finds who is blocked, slow, or idle in a transaction, and deadlocks through a lock in the server. What it
+        proves is from then on known to `verdict()`, `deadlock()` and `deadlocks` as if it had been proved without the
+        server, until a connection comes back or a statement ends. Raises nothing: the report says what could not be
+        asked.
         """
         return await ask(self)
 

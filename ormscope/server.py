@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +25,7 @@ from ormscope import internals, proof
 from ormscope.backends import Backends, joined, look, pid_of, rows
 from ormscope.hooks import logger
 from ormscope.server_limits import LIMITS, SETTINGS
-from ormscope.server_proof import Deadlock, suspect
+from ormscope.server_proof import Deadlock, Suspicion, suspect
 from ormscope.server_report import ServerReport, Session, cause_of
 from ormscope.verdict import time_limits
 
@@ -35,6 +36,7 @@ __all__ = ["ServerReport", "ask"]
 
 _SECONDS = 5.0  # that asking may take, the connect included
 _PAUSE = 0.05  # seconds between the two looks of a proof
+_LATE = 0.5  # seconds that another thread's loop may be late
 _ATTEMPTS = 4  # at a proof: a driver may wake at any moment, only to wait on
 
 _Result = TypeVar("_Result")
@@ -90,7 +92,7 @@ async def _in_thread(work: Callable[[], _Result]) -> _Result:
 
 @dataclass
 class _Answer:
-    """What the server said last, what was proved of it, and the time limits that a new connection has."""
+    """What the server said last, and what was proved of it, with the server's limits that may end that."""
 
     seen: Backends
     proved: list[tuple[Deadlock, tuple[str, ...]]] = field(default_factory=list)
@@ -112,14 +114,46 @@ def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
                 begun_with[other] = wait(_in_thread(partial(_limits_elsewhere, other)))
             wait(asyncio.sleep(_PAUSE))
             answer.seen = look(connection, scope)
-            proved = suspicion.proved(answer.seen)
-            if proved:
-                answer.proved = [(it, it.limits(answer.seen, begun_with)) for it in proved]
-                # At once: from here on nothing awaits, so that it is still true.
-                for deadlock, limits in answer.proved:
-                    proof.declare(deadlock.stuck, deadlock.in_server, limits)
+            prove = partial(_prove, suspicion, answer.seen, begun_with)
+            loop = suspicion.loop_elsewhere
+            answer.proved = prove() if loop is None else wait(_on(loop, prove))
+            if answer.proved:
                 break
         return _report(scope, answer)
+
+
+def _prove(
+    suspicion: Suspicion, again: Backends, begun_with: dict[object, dict[str, str]]
+) -> list[tuple[Deadlock, tuple[str, ...]]]:
+    """What is proved by a second look, told to the scopes while nothing can move."""
+    proved = [(it, it.limits(again, begun_with)) for it in suspicion.proved(again)]
+    for deadlock, limits in proved:
+        proof.declare(deadlock.stuck, deadlock.in_server, limits)
+    return proved
+
+
+async def _on(loop: asyncio.AbstractEventLoop, work: Callable[[], list[_Result]]) -> list[_Result]:
+    """What work finds on the loop of another thread; nothing where that loop does not come round."""
+    outcome: Future[list[_Result]] = Future()
+
+    def run() -> None:
+        if outcome.set_running_or_notify_cancel():  # else nobody waits any more
+            try:
+                outcome.set_result(work())
+            except Exception as error:
+                outcome.set_exception(error)
+
+    try:
+        loop.call_soon_threadsafe(run)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+        return []
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(outcome), _LATE)
+    except TimeoutError:
+        logger.debug("the loop that seems stuck is blocked as well")
+        return []
 
 
 @contextlib.contextmanager
@@ -142,7 +176,9 @@ def _limits_of(connection: Any) -> dict[str, str]:
     ((pid, *values),) = rows(connection, SETTINGS)
     if pid != pid_of(connection):
         raise _CannotTell("a proxy (PgBouncer?) or the driver hides which connection is whose")
-    return {name: value for name, value in zip(LIMITS, values, strict=True) if value}
+    limits = {name: value for name, value in zip(LIMITS, values, strict=True) if value}
+    seconds = internals.command_timeout_of(connection.driver_connection)
+    return limits if seconds is None else {**limits, "command_timeout": f"{seconds:g} s"}
 
 
 def _limits_elsewhere(scope: PoolScope) -> dict[str, str]:

@@ -22,6 +22,8 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "idle_in_transaction_session_timeout": (_IN_TRANSACTION,),
     "idle_session_timeout": (_IDLE,),
 }
+# asyncpg has one of its own, which not every event loop tells of.
+_STATES = {**LIMITS, "command_timeout": (_WORKS,)}
 # What a new connection has.
 SETTINGS = "select pg_backend_pid(), " + ", ".join(
     f"current_setting('{name}', true)" for name in LIMITS
@@ -57,14 +59,13 @@ class Setting(NamedTuple):
 def settings_in(statement: str, parameters: Callable[[], Iterable[Any]]) -> list[Setting]:
     """The limits that a statement may set; called for every statement, of which nearly none does."""
     lowered = statement.lower()
-    if "_timeout" not in lowered:
-        # The name may be one of the parameters.
-        names = map(str, parameters()) if "set_config" in lowered else ()
-        return [Setting(name, "", False) for name in names if name.lower() in LIMITS]
-    if lowered.lstrip().startswith(("show ", "reset ")):
-        return []
-    plain = list(_SET.finditer(lowered))
     found = []
+    if "set_config" in lowered:  # the name may be one of the parameters
+        names = {str(value).lower() for value in parameters()} & set(LIMITS)
+        found = [Setting(name, "", False) for name in sorted(names)]
+    if "_timeout" not in lowered or lowered.lstrip().startswith(("show ", "reset ")):
+        return found
+    plain = list(_SET.finditer(lowered))
     for match in plain:
         value = match["value"].strip("'").strip()
         if not _NO_LIMIT.fullmatch(value):
@@ -85,7 +86,7 @@ def running(
 
     def runs(name: str) -> bool:
         # A state that may not be seen is any.
-        states = LIMITS[name] if state else (_WORKS, _IN_TRANSACTION, _IDLE)
+        states = _STATES[name] if state else (_WORKS, _IN_TRANSACTION, _IDLE)
         return (not state or state in states) and (is_waited_for or _WORKS in states)
 
     found = [

@@ -66,6 +66,13 @@ class Suspicion:
     returned: dict[int, int]
     holders: list[Holder]
 
+    @property
+    def loop_elsewhere(self) -> asyncio.AbstractEventLoop | None:
+        """The loop, of another thread, on which the second look has to be: there nothing moves meanwhile."""
+        loops = {task.get_loop() for task in _tasks_of(self.deadlocks)}
+        here = all(proof.is_of_this_thread(it.stuck) for it in self.deadlocks)
+        return None if here or len(loops) != 1 else loops.pop()
+
     def proved(self, again: Backends) -> list[Deadlock]:
         """Those of them that a second look finds as they were, so that nothing has moved in between."""
         now = {frozenset(deadlock.stuck.pools): deadlock for deadlock in self._look_here(again)}

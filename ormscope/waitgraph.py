@@ -6,17 +6,18 @@ that awaits tasks is woken by them. These kinds of waiting are followed:
 
 - awaiting a task, `asyncio.gather` (of tasks, of other gathers), `asyncio.shield`, `asyncio.wait`, `wait_for`,
   `as_completed`, and the end of an `asyncio.TaskGroup` or of one of anyio's;
-- a place in the queue of a pool that has a PoolScope, for tasks and for threads.
+- a place in the queue of a pool that has a PoolScope, for tasks and for threads;
+- a statement that waits in PostgreSQL for a lock, where `ask_server()` has found who has it.
 
 Whatever else is awaited, alone or beside tasks (a socket, an Event, a Lock, a Queue, a thread, a plain future), can
 wake a task at any time, so nothing is proved through it. A deadlock through one of those is not found; none is
 invented.
 
 A time limit that one of the stuck tasks has set itself (`asyncio.timeout`, `wait_for`, `wait(timeout=)`, anyio's
-scopes, `loop.call_later` with its own cancel) makes it a "deadlock until a timer": named, with the line, but not
-counted among the deadlocks, and no alert that says "restart" fires. Somebody else may always cancel a task from
-outside: that is not counted, as a restart is not; but where a task that awaits a stuck one has a time limit, the
-report says so.
+scopes, `loop.call_later` with its own cancel), or one of the server's that runs there or may run, makes it a "deadlock
+until a timer": named, with the line, but not counted among the deadlocks, and no alert that says "restart" fires.
+Somebody else may always cancel a task from outside: that is not counted, as a restart is not; but where a task that
+awaits a stuck one has a time limit, the report says so.
 """
 
 from __future__ import annotations
