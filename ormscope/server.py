@@ -149,11 +149,11 @@ async def _on(loop: asyncio.AbstractEventLoop, work: Callable[[], list[_Result]]
         if not loop.is_closed():
             raise
         return []
-    try:
-        return await asyncio.wait_for(asyncio.wrap_future(outcome), _LATE)
-    except TimeoutError:
-        logger.debug("the loop that seems stuck is blocked as well")
+    found = asyncio.wrap_future(outcome)
+    done, _ = await asyncio.wait({found}, timeout=_LATE)
+    if not done and outcome.cancel():  # what has begun is waited for
         return []
+    return await found
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ SELECT = text("select 1")
 SLOW = text("select pg_sleep(20)")
 ADVISORY = text("select pg_advisory_xact_lock(-4711)")
 ROW = text("update products set title = title where sku = (select min(sku) from products)")
-PATIENCE = 20  # seconds; only a broken instrument takes so long
+PATIENCE = 60  # seconds; only a broken instrument takes so long
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -38,8 +38,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """The scopes of one test are of no concern to the next."""
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scopes of one test are of no concern to the next; a machine that is busy may take its time to answer."""
+    monkeypatch.setattr(asking, "_SECONDS", PATIENCE)
     yield
     for scope in list(proof.scopes):
         scope.close()
