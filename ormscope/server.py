@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -101,7 +101,7 @@ class _Answer:
 def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
     """Look at the server, and again where it looks like a deadlock, over a connection of our own."""
     with _connection_like(scope) as connection:
-        begun_with: dict[object, dict[str, str]] = {scope: _limits_of(connection)}
+        begun_with = {scope.engine: _limits_of(connection)}
         answer = _Answer(look(connection, scope))
         for _ in range(0 if "proof" in scope.lacking else _ATTEMPTS):
             seen = answer.seen
@@ -109,9 +109,10 @@ def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
             if suspicion is None:
                 break
             # Other engines may give their connections other limits.
-            others = {seen.scopes[pid] for it in suspicion.deadlocks for pid in it.pids}
-            for other in others - set(begun_with):
-                begun_with[other] = wait(_in_thread(partial(_limits_elsewhere, other)))
+            for other in {seen.scopes[pid] for it in suspicion.deadlocks for pid in it.pids}:
+                if other.engine not in begun_with:
+                    limits = wait(_in_thread(partial(_limits_elsewhere, other)))
+                    begun_with[other.engine] = limits
             wait(asyncio.sleep(_PAUSE))
             answer.seen = look(connection, scope)
             prove = partial(_prove, suspicion, answer.seen, begun_with)
@@ -123,7 +124,7 @@ def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
 
 
 def _prove(
-    suspicion: Suspicion, again: Backends, begun_with: dict[object, dict[str, str]]
+    suspicion: Suspicion, again: Backends, begun_with: dict[Engine, dict[str, str]]
 ) -> list[tuple[Deadlock, tuple[str, ...]]]:
     """What is proved by a second look, told to the scopes while nothing can move."""
     proved = [(it, it.limits(again, begun_with)) for it in suspicion.proved(again)]
@@ -193,13 +194,12 @@ def _limits_elsewhere(scope: PoolScope) -> dict[str, str]:
 
 def _report(scope: PoolScope, answer: _Answer) -> ServerReport:
     seen = answer.seen
-    ours = [it for it in answer.proved if scope.pool in it[0].stuck.pools]
-    # Of those that wait for one another, the one that is about this pool.
-    ours.sort(key=lambda it: scope.pool not in it[0].stuck.about)
     pids: set[int] = set()
     ends: list[str] = []
     above: list[str] = []
-    for deadlock, limits in ours[:1]:
+    for deadlock, limits in answer.proved:
+        if scope.pool not in deadlock.stuck.about:
+            continue
         pids = deadlock.pids
         timers, cancelling = proof.timers_of(deadlock.stuck, proof.waits_of(list(proof.scopes)))
         ends = [*limits, *time_limits(timers)]

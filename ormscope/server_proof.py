@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from sqlalchemy import Engine
+
 from ormscope import proof
 from ormscope.backends import Backends, edges_of
 from ormscope.ledger import Holder
@@ -27,15 +29,15 @@ class Deadlock:
     blockers: set[int]
     in_server: set[TaskOrThread]
 
-    def limits(self, seen: Backends, begun_with: dict[object, dict[str, str]]) -> tuple[str, ...]:
-        """The server's time limits that may end it; `begun_with` are those of a new connection, by the scope."""
+    def limits(self, seen: Backends, begun_with: dict[Engine, dict[str, str]]) -> tuple[str, ...]:
+        """The server's time limits that may end it; `begun_with` are those of a new connection, by the engine."""
         found: list[str] = []
         for pid in sorted(self.pids):
             holder, session = seen.holders[pid], seen.sessions.get(pid)
             settings = None if holder.settings is None else holder.settings.values()
             found += running(
                 "" if session is None else session.state,
-                begun_with[seen.scopes[pid]],
+                begun_with[seen.scopes[pid].engine],
                 settings,
                 is_waited_for=pid in self.blockers,
             )

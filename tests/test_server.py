@@ -603,6 +603,32 @@ def test_two_deadlocks_are_two(server: Server) -> None:
     run(main())
 
 
+def test_two_scopes_of_one_engine_both_know(server: Server) -> None:
+    async def main() -> None:
+        engine = create_async_engine(server.url, pool_size=3, max_overflow=0, pool_timeout=None)
+        scope, other = PoolScope(engine, "shop"), PoolScope(engine, "shop again")
+
+        async def first() -> None:
+            async with engine.begin() as connection:
+                await connection.execute(ADVISORY)
+                await until(lambda: sum(it.statements for it in scope.holders) == 2)
+                async with engine.connect():
+                    pass
+
+        async with running(scope, first()):
+            await until(lambda: scope.holders and scope.holders[0].last_sql)
+            async with running(scope, update(engine, ADVISORY), update(engine, ADVISORY)):
+                await until(lambda: scope.waiters)
+                report = await blocked(scope, 2)
+                assert report.cause == scope.cause() == other.cause() == "deadlock", str(report)
+                for verdict in (scope.verdict(), other.verdict()):
+                    assert re.search(r"in server 2 at test_server.py:\d+, update", str(verdict))
+        assert scope.proof is other.proof is None
+        assert scope.cause() == other.cause() == "healthy"
+
+    run(main())
+
+
 def test_a_circle_within_the_server_is_the_servers_to_end(server: Server) -> None:
     async def main() -> None:
         # It waits so long before it looks.
