@@ -12,6 +12,7 @@ from ormscope.ledger import Holder
 from ormscope.owners import TaskOrThread
 from ormscope.places import NOWHERE, own_place, place
 from ormscope.server_report import Session
+from ormscope.stacks import only_looks_up
 
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
@@ -178,7 +179,7 @@ def edges_of(seen: Backends) -> dict[int, tuple[TaskOrThread, set[TaskOrThread]]
         if session is None or who is None or not holder.statements:
             continue
         if isinstance(who, asyncio.Task) and (
-            internals.awaited_future(who) is None or who.cancelling()
+            who.cancelling() or (internals.awaited_future(who) is None and not only_looks_up(who))
         ):
             continue  # it has been woken, or its driver asks the server to end the statement
         if pid in _behind(seen, pid):

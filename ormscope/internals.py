@@ -102,6 +102,11 @@ def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     return None if future is None or future.done() else future
 
 
+def last_awaited(task: asyncio.Task[Any]) -> object:
+    """The future that a suspended task sleeps on, or has just been woken by."""
+    return getattr(task, "_fut_waiter", None)
+
+
 def gathered(future: asyncio.Future[Any]) -> list[asyncio.Future[Any]] | None:
     """What a future of `asyncio.gather` waits for; None for any other future."""
     return list(future._children) if type(future) is _GATHERING else None  # type: ignore[attr-defined]
@@ -246,6 +251,22 @@ _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_f
 LOOP_STEP = asyncio.Handle._run.__code__
 
 # The drivers.
+
+
+def is_still_waiting(frame: FrameType, variables: Callable[[FrameType], dict[str, Any]]) -> bool:
+    """Whether a statement of psycopg waits in `frame`, and the server has said nothing, though it may look up."""
+    code = frame.f_code
+    if code.co_name != "wait_async" or frame.f_globals.get("__name__") != "psycopg.waiting":
+        return False
+    return variables(frame).get("ready") == 0
+
+
+def wakes(handle: asyncio.Handle) -> asyncio.Task[Any] | None:
+    """The task that a callback of a loop wakes because what it awaited is done; None for any other callback."""
+    callback, _ = callback_of(handle)
+    task = getattr(callback, "__self__", None)
+    is_wakeup = str(getattr(callback, "__name__", "")).endswith("wakeup")
+    return task if is_wakeup and isinstance(task, asyncio.Task) else None
 
 
 def command_timeout_of(driver: object) -> float | None:

@@ -30,7 +30,7 @@ from ormscope.loops import watch_of
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.places import NOWHERE, Place, is_users, place
 from ormscope.reach import Users, users_of
-from ormscope.stacks import steps_of
+from ormscope.stacks import only_looks_up, steps_of
 from ormscope.waitgraph import Stuck, Waits, awaited_by, find_stuck, find_stuck_parts
 
 if TYPE_CHECKING:
@@ -610,7 +610,8 @@ def is_being_woken(stuck: Stuck) -> bool | None:
     """Whether something that a loop is about to do concerns those who seem stuck; None where a loop does not tell."""
     members = [member for member in stuck.members if isinstance(member, asyncio.Task)]
     targets = {id(member) for member in members}
-    targets |= {id(internals.awaited_future(member)) for member in members}
+    targets |= {id(internals.last_awaited(member)) for member in members}
+    dozing = {member for member in members if only_looks_up(member)}
     for loop in {member.get_loop() for member in members}:
         handles = internals.ready_handles(loop)
         if handles is None:
@@ -618,8 +619,9 @@ def is_being_woken(stuck: Stuck) -> bool | None:
         # A loop that is late has timers that are due and not among those yet.
         soon = loop.time() + _PAUSE
         due = [handle for handle in internals.timers(loop) or () if handle.when() <= soon]
-        if any(_leads_to(handle, targets, set()) for handle in (*handles, *due)):
-            return True
+        for handle in (*handles, *due):
+            if internals.wakes(handle) not in dozing and _leads_to(handle, targets, set()):
+                return True
     return False
 
 

@@ -25,7 +25,7 @@ from ormscope import internals, proof
 from ormscope.backends import Backends, joined, look, pid_of, rows
 from ormscope.hooks import logger
 from ormscope.server_limits import LIMITS, SETTINGS
-from ormscope.server_proof import Deadlock, Suspicion, suspect
+from ormscope.server_proof import Deadlock, Suspicion, might_be_stuck, suspect
 from ormscope.server_report import ServerReport, Session, cause_of
 from ormscope.verdict import time_limits
 
@@ -107,7 +107,11 @@ def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
             seen = answer.seen
             suspicion = wait(_in_thread(partial(suspect, seen)))
             if suspicion is None:
-                break
+                if not might_be_stuck(scope, seen):
+                    break
+                wait(asyncio.sleep(_PAUSE))
+                answer.seen = look(connection, scope)
+                continue
             # Other engines may give their connections other limits.
             for other in {seen.scopes[pid] for it in suspicion.deadlocks for pid in it.pids}:
                 if other.engine not in begun_with:

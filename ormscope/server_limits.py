@@ -3,14 +3,20 @@
 A connection begins with what its server, database, role and driver give it: a new one like it can be asked. Later a
 statement may set another one, which only the connection itself could tell; so the statements are looked at as they
 are sent. That such a setting ends with its transaction is not followed, nor one that sets a limit back to nothing: a
-limit that may have ended is told as one that may still count, and nothing is called endless that is not.
+limit that may have ended is told as one that may still count, and nothing is called endless that is not. What a
+program sends past SQLAlchemy, over a cursor of the driver, cannot be seen; that a listener to checkouts may do so can.
 """
 
 from __future__ import annotations
 
+import dis
 import re
 from collections.abc import Callable, Iterable
+from inspect import CO_VARARGS, CO_VARKEYWORDS
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
+
+from sqlalchemy.pool import Pool
 
 _WORKS, _IN_TRANSACTION, _IDLE = "active", "idle in transaction", "idle"
 
@@ -29,6 +35,7 @@ SETTINGS = "select pg_backend_pid(), " + ", ".join(
     f"current_setting('{name}', true)" for name in LIMITS
 )
 UNSEEN = "a limit that a statement set before the PoolScope was made, if one did"  # nobody can know
+UNSEEN_AT_CHECKOUT = "a limit that a listener to checkout sets, if one does"
 NEVER = (
     "never, as far as can be seen: pool_timeout is None, connections begin without a time limit, "
     "and no statement names one"
@@ -73,6 +80,25 @@ def settings_in(statement: str, parameters: Callable[[], Iterable[Any]]) -> list
             found.append(Setting(match["name"], value, is_local))
     others = set(_NAMED.findall(lowered)) - {match["name"] for match in plain}
     return [*found, *(Setting(name, "", False) for name in sorted(others))]
+
+
+def may_be_set_at_checkout(pool: Pool) -> bool:
+    """Whether somebody listens to checkouts who uses what he is given, and so may have set a limit."""
+    return any(map(_uses_its_arguments, pool.dispatch.checkout))
+
+
+def _uses_its_arguments(listener: object) -> bool:
+    # One that only counts, as instruments do, is sure not to talk to the server.
+    is_method = isinstance(listener, MethodType)
+    function = listener.__func__ if isinstance(listener, MethodType) else listener
+    if not isinstance(function, FunctionType) or function.__code__.co_freevars:
+        return True
+    code = function.__code__
+    starred = sum(bool(code.co_flags & flag) for flag in (CO_VARARGS, CO_VARKEYWORDS))
+    count = code.co_argcount + code.co_kwonlyargcount + starred
+    ways = {*code.co_varnames[is_method:count], "locals", "vars", "eval", "exec"}
+    used = (instruction.argval for instruction in dis.get_instructions(code))
+    return any(ways & set(names if isinstance(names, tuple) else (names,)) for names in used)
 
 
 def running(

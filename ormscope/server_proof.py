@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
@@ -16,8 +17,11 @@ from ormscope import proof
 from ormscope.backends import Backends, edges_of
 from ormscope.ledger import Holder
 from ormscope.owners import TaskOrThread
-from ormscope.server_limits import running
+from ormscope.server_limits import UNSEEN_AT_CHECKOUT, may_be_set_at_checkout, running
 from ormscope.waitgraph import Stuck, find_stuck_parts
+
+if TYPE_CHECKING:
+    from ormscope.pool import PoolScope
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Deadlock:
                 settings,
                 is_waited_for=pid in self.blockers,
             )
+            if may_be_set_at_checkout(holder.pool):
+                found.append(UNSEEN_AT_CHECKOUT)
         return tuple(dict.fromkeys(found))
 
 
@@ -126,6 +132,16 @@ def suspect(seen: Backends) -> Suspicion | None:
     exact = proof.look_for_users(holders, _tasks_of(first))
     found = deadlocks_in(seen)
     return Suspicion(seen, found, exact, returned, holders) if found else None
+
+
+def might_be_stuck(scope: PoolScope, seen: Backends) -> bool:
+    """Whether one more look may find what this one did not: somebody may just have been woken, only to wait on."""
+    ours = seen.holders.keys()
+    return bool(scope.waiters) and any(
+        session.blockers and session.blockers.keys() <= ours
+        for pid, session in seen.sessions.items()
+        if pid in ours and seen.holders[pid].pool is scope.pool
+    )
 
 
 def _tasks_of(deadlocks: list[Deadlock]) -> set[asyncio.Task[object]]:

@@ -18,6 +18,7 @@ from typing import Any
 import greenlet
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from ormscope import internals
 from ormscope.owners import TaskOrThread
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
@@ -37,6 +38,12 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
         frames.append(frame)
         frames += greenlet_frames(frame)
     return frames
+
+
+def only_looks_up(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that has been woken, as it seems, only looks up, and will wait on for the server's answer."""
+    frames = [frame for _, frame in steps_of(task)]
+    return bool(frames) and internals.is_still_waiting(frames[-1], locals_of)
 
 
 def steps_of(task: asyncio.Task[Any]) -> list[tuple[Any, FrameType]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -734,7 +735,7 @@ def test_what_was_set_before_anybody_looked_is_not_known(server: Server) -> None
             return report, scope.verdict()
 
     report, verdict = run(main())
-    assert report.cause == verdict.cause == "deadlock until a timer"
+    assert report.cause == verdict.cause == "deadlock until a timer", str(report)
     assert f"ends      when {server_limits.UNSEEN} ends it" in str(report)
     assert f"ends      when {server_limits.UNSEEN} ends it" in str(verdict)
 
@@ -753,14 +754,14 @@ def test_a_time_limit_of_whoever_waits_in_the_server(server: Server, driver: str
             return str(report), scope.verdict()
 
     report, verdict = run(main())
-    assert verdict.cause == "deadlock until a timer"
+    assert verdict.cause == "deadlock until a timer", report
     assert re.search(r"ends      when a time limit in hurry, line \d+ ends it", report)
     assert re.search(r"ends      when a time limit in hurry, line \d+ ends it", str(verdict))
 
 
 def test_a_time_limit_of_the_driver(server: Server) -> None:
     report, verdict = run(verdict_on(server.url, connect_args={"command_timeout": 61}))
-    assert verdict.cause == "deadlock until a timer"
+    assert verdict.cause == "deadlock until a timer", report
     words = (
         "ends      when command_timeout (61 s) or a time limit set outside the user's code ends it"
     )
@@ -773,7 +774,7 @@ def test_a_time_limit_of_the_driver_on_a_loop_that_does_not_tell(
     monkeypatch.setattr(internals, "timers", lambda loop: None)  # as with uvloop
     monkeypatch.setattr(internals, "ready_handles", lambda loop: None)
     report, verdict = run(verdict_on(server.url, connect_args={"command_timeout": 61}))
-    assert verdict.cause == "deadlock until a timer"
+    assert verdict.cause == "deadlock until a timer", report
     assert "ends      when command_timeout (61 s) ends it" in report
 
 
@@ -828,7 +829,7 @@ def test_a_time_limit_above_is_told_and_the_deadlock_counted(server: Server) -> 
             return str(report), scope.verdict()
 
     report, verdict = run(main())
-    assert verdict.cause == "deadlock"
+    assert verdict.cause == "deadlock", report
     assert re.search(
         r"ends      when a time limit in hurry, line \d+, whose task awaits one", report
     )
@@ -836,6 +837,46 @@ def test_a_time_limit_above_is_told_and_the_deadlock_counted(server: Server) -> 
         r"ends      when a time limit in hurry, line \d+, which awaits it, cancels it; no time limit of the server",
         str(verdict),
     )
+
+
+class Counter:
+    count = 0
+
+    def more(self, connection: Any, record: Any, proxy: Any) -> None:
+        self.count += 1
+
+
+def count(connection: Any, record: Any, proxy: Any) -> None:
+    Counter.count += 1
+
+
+def set_a_limit(connection: Any, record: Any, proxy: Any) -> None:
+    connection.cursor().execute("set lock_timeout = '61s'")
+
+
+def set_it_in_a_function(*about: Any) -> None:
+    (lambda: set_a_limit(*about))()
+
+
+@pytest.mark.parametrize(
+    "listener, may_set",
+    [
+        (count, False),
+        (Counter().more, False),
+        (set_a_limit, True),
+        (set_it_in_a_function, True),
+        (partial(set_a_limit), True),
+    ],
+)
+def test_a_listener_to_checkouts_may_set_a_time_limit(
+    server: Server, listener: Callable[..., None], may_set: bool
+) -> None:
+    def listen(engine: AsyncEngine) -> None:
+        event.listen(engine.sync_engine, "checkout", listener)
+
+    report, verdict = run(verdict_on(server.url, prepare=listen))
+    assert (verdict.cause == "deadlock until a timer") is may_set, report
+    assert (server_limits.UNSEEN_AT_CHECKOUT in str(verdict)) is may_set
 
 
 @pytest.mark.parametrize(
