@@ -92,7 +92,7 @@ def _hook_of(owner: Any, name: str) -> _Hook | None:
 
 def attach(scope: PoolScope, engine: Engine) -> None:
     """Let a scope hear of all that happens to an engine's pools and statements."""
-    hook = _hook_of(engine.pool, "_do_get")
+    hook = _hook_of(engine.pool, TAKE)
     attached = Attached() if hook is None else hook.attached
     if hook is None:
         _watch_pool(engine.pool, attached)
@@ -107,7 +107,7 @@ def attach(scope: PoolScope, engine: Engine) -> None:
 
 def detach(scope: PoolScope, engine: Engine) -> None:
     """Let a scope hear of nothing any more; after the last one, engine and pool are as they were."""
-    hook = _hook_of(engine.pool, "_do_get")
+    hook = _hook_of(engine.pool, TAKE)
     if hook is None:
         return
     attached = hook.attached
@@ -196,7 +196,7 @@ def _open(hook: _Hook, original: _Method) -> _Method:
             hook.tell("connect_failed", error, is_the_attempt)
             raise
         if is_the_attempt:
-            hook.tell("connected")
+            hook.tell("connected", *arguments)
         return opened
 
     return create_connection
@@ -219,7 +219,10 @@ def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
         finally:
             for scope in attached.scopes:
                 if scope.ledger.samples is not None:
-                    hook.tell("available", pool)
+                    try:
+                        scope.ledger.available(pool)
+                    except Exception as error:
+                        step_aside(scope, error)
 
     return do_return_conn
 

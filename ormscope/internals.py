@@ -1,4 +1,4 @@
-"""The private names of SQLAlchemy's pool, asyncio and anyio that PoolScope reads: here, and nowhere else.
+"""The private names of SQLAlchemy's pool, asyncio, anyio and the drivers that PoolScope reads: here, and nowhere else.
 
 Those of the ORM and of IPython, which SessionCensus reads, are in `orm_internals`. Each is read by a function of
 its own, and `missing()` looks for all of them whenever a scope or a census is made: where a name is gone, the part
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Literal
 
@@ -74,6 +74,12 @@ def record_of_statement(context: ExecutionContext) -> ConnectionPoolEntry | None
     return None if fairy is None else record_of(fairy)
 
 
+def parameters_of(context: ExecutionContext) -> Iterator[Any]:
+    """The values that are sent with a statement."""
+    for row in context.parameters:
+        yield from row.values() if isinstance(row, Mapping) else row
+
+
 def handle_of(record: ConnectionPoolEntry) -> PoolProxiedConnection | None:
     """What the program holds of a connection that is checked out; None while nobody does."""
     reference: weakref.ref[PoolProxiedConnection] | None = record.fairy_ref  # type: ignore[attr-defined]
@@ -102,10 +108,22 @@ def greenlet_of(variables: dict[str, Any]) -> Any:
 # asyncio and anyio.
 
 
+# The event loop that runs in this thread; None where none does. Asked for each request and for each statement; the
+# public function raises where none runs, which costs a thread more.
+running_loop: Callable[[], asyncio.AbstractEventLoop | None] = getattr(
+    asyncio, "_get_running_loop", lambda: None
+)
+
+
 def awaited_future(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     """The future that a suspended task sleeps on; None when it is about to run."""
     future: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
     return None if future is None or future.done() else future
+
+
+def last_awaited(task: asyncio.Task[Any]) -> object:
+    """The future that a suspended task sleeps on, or has just been woken by."""
+    return getattr(task, "_fut_waiter", None)
 
 
 def gathered(future: asyncio.Future[Any]) -> list[asyncio.Future[Any]] | None:
@@ -273,6 +291,41 @@ _AS_COMPLETED_CODES = (
 )
 LOOP_STEP = _code(asyncio.Handle, "_run")
 
+# The drivers.
+
+
+def is_still_waiting(frame: FrameType, variables: Callable[[FrameType], dict[str, Any]]) -> bool:
+    """Whether a statement of psycopg waits in `frame`, and the server has said nothing, though it may look up."""
+    code = frame.f_code
+    if code.co_name != "wait_async" or frame.f_globals.get("__name__") != "psycopg.waiting":
+        return False
+    return variables(frame).get("ready") == 0
+
+
+def wakes(handle: asyncio.Handle) -> asyncio.Task[Any] | None:
+    """The task that a callback of a loop wakes because what it awaited is done; None for any other callback."""
+    callback, _ = callback_of(handle)
+    task = getattr(callback, "__self__", None)
+    is_wakeup = str(getattr(callback, "__name__", "")).endswith("wakeup")
+    return task if is_wakeup and isinstance(task, asyncio.Task) else None
+
+
+def command_timeout_of(driver: object) -> float | None:
+    """After how many seconds asyncpg gives up a statement; None where it does not, or for another driver."""
+    seconds: float | None = getattr(getattr(driver, _OF_ASYNCPG, None), "command_timeout", None)
+    return seconds
+
+
+def only_looks_up(handle: asyncio.Handle) -> bool:
+    """Whether a callback of a loop is psycopg's, by which a statement in progress looks ten times a second whether it
+    has been interrupted, and waits on."""
+    callback, _ = callback_of(handle)
+    return (
+        getattr(callback, "__module__", None) == "psycopg.waiting"
+        and getattr(callback, "__qualname__", None) == "wait_async.<locals>.timedout"
+    )
+
+
 # The self-test.
 
 PoolsPart = Literal["watching", "proof", "anyio's groups", "server"]
@@ -284,11 +337,14 @@ if sys.version_info >= (3, 13):
         (_ITERATOR, "_wait_for_one"),
         (getattr(_ITERATOR, "__init__", None), "_todo"),
         (getattr(_ITERATOR, "__init__", None), "_timeout_handle"),
+        (_ITERATOR, "_handle_timeout"),
     ]
 else:
     _OF_AS_COMPLETED = [
-        (asyncio.as_completed, name) for name in ("_wait_for_one", "todo", "done", "timeout")
+        (asyncio.as_completed, name)
+        for name in ("_wait_for_one", "_on_timeout", "todo", "done", "timeout_handle")
     ]
+_OF_ASYNCPG = "_config"
 _OF_GROUPS = ("_on_completed_fut", "_tasks")
 # A function stands for its variables, and for the attributes that it reads and sets.
 _NEEDED: dict[Part, list[tuple[object, str]]] = {
@@ -304,6 +360,7 @@ _NEEDED: dict[Part, list[tuple[object, str]]] = {
         (pool_base, "_ConnectionRecord"),
         (getattr(pool_base, "_ConnectionRecord", None), "fairy_ref"),
         (Connection, "_dbapi_connection"),
+        (asyncio, "_get_running_loop"),
     ],
     "proof": [
         (asyncio.Task, "_fut_waiter"),
@@ -348,6 +405,9 @@ def missing() -> dict[Part, str]:
         for name in _OF_GROUPS:
             if not _has(group.__init__, name):
                 found.setdefault("anyio's groups", _called(group.__init__, name))
+    connection = getattr(sys.modules.get("asyncpg.connection"), "Connection", None)
+    if connection is not None and not _has(connection, _OF_ASYNCPG):
+        found.setdefault("server", _called(connection, _OF_ASYNCPG))
     return found | orm_internals.missing()
 
 

@@ -15,9 +15,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 
 from ormscope.durations import Durations
-from ormscope.internals import capacity_of, handle_of, record_of_statement
+from ormscope.internals import capacity_of, handle_of, parameters_of, record_of_statement
 from ormscope.owners import Owner, TaskOrThread, current
 from ormscope.places import RawPlace, calling_places
+from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
@@ -41,7 +42,9 @@ class Holder:
     `frames` is where it was asked for, `last_sql` what went over it last, `statements` how many are being executed at
     this moment. `users` are the tasks and threads that were found to be able to use it, None where nobody has looked
     since it was used last; `kept_by` says what else keeps it, `is_lost` whether nobody is left who could give it back,
-    `is_moving` whether a function that ran just then had it.
+    `is_moving` whether a function that ran just then had it. `local_settings` are the server's time limits that
+    statements may have set on it since, by name. `is_stuck`: a proved deadlock goes through the statement that it
+    executes.
     """
 
     # On the class, until they are set: a holder is made for each request, and most are never looked at.
@@ -52,6 +55,8 @@ class Holder:
     is_lost = False
     is_moving = False
     looked_at = 0.0
+    local_settings: dict[str, Setting] | None = None
+    is_stuck = False
 
     def __init__(
         self,
@@ -138,6 +143,7 @@ class Ledger:
         samples: bool,
         on_queue: Callable[[TaskOrThread, bool], None],
         on_return: Callable[[Pool], None],
+        on_answer: Callable[[Holder], None],
     ) -> None:
         self.engine = engine
         self.lock = threading.RLock()
@@ -155,6 +161,10 @@ class Ledger:
         self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
             weakref.WeakKeyDictionary()
         )
+        # The time limits that statements may have set on each connection that was seen from its beginning on.
+        self._settings: weakref.WeakKeyDictionary[ConnectionPoolEntry, dict[str, Setting]] = (
+            weakref.WeakKeyDictionary()
+        )
         # Whose last wait ended in a timeout.
         self.timed_out: weakref.WeakSet[TaskOrThread] = weakref.WeakSet()
         self._has_timed_out = False  # a WeakSet is slow to say
@@ -164,7 +174,7 @@ class Ledger:
         self._taken: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self._held_by: dict[int, int] = {}  # connections checked out, by their owner's key
         self._failed_as = 0
-        self._on_queue, self._on_return = on_queue, on_return
+        self._on_queue, self._on_return, self._on_answer = on_queue, on_return, on_answer
 
     # What the hooks tell.
 
@@ -195,10 +205,11 @@ class Ledger:
                 self._leaves_queue(waiter)
             self._sample(time.perf_counter(), pool)
 
-    def connected(self) -> None:
-        """A connection to the server was opened."""
+    def connected(self, record: ConnectionPoolEntry) -> None:
+        """A connection to the server was opened, for this place in the pool."""
         self.counts.opened += 1
         self._failed_as = 0
+        self._settings[record] = {}
         self.attempts.append(Attempt(time.perf_counter(), "", False))
 
     def connect_failed(self, error: BaseException, is_the_attempt: bool) -> None:
@@ -301,7 +312,9 @@ class Ledger:
     def statement_begins(self, context: ExecutionContext | None, statement: str) -> None:
         """A statement goes to the server."""
         holder = self._holder_of(context)
-        if holder is not None:
+        if context is not None and holder is not None:
+            for setting in settings_in(statement, lambda: parameters_of(context)):
+                self._note_setting(holder, setting)
             holder.last_sql = statement
             holder.statements += 1
             if holder.users is not None:
@@ -316,6 +329,16 @@ class Ledger:
         if holder is not None and holder.statements:
             holder.statements -= 1
             holder.last_used = time.perf_counter()
+            if holder.is_stuck:
+                holder.is_stuck = False
+                self._on_answer(holder)
+
+    def _note_setting(self, holder: Holder, setting: Setting) -> None:
+        """A statement may set a time limit: for as long as the connection is open, or out of the pool."""
+        known = None if holder.record is None else self._settings.get(holder.record)
+        if known is not None and not setting.is_local:
+            known[setting.name] = setting
+        holder.local_settings = {**(holder.local_settings or {}), setting.name: setting}
 
     def _drop(self, record: ConnectionPoolEntry) -> Holder | None:
         holder = self.holders.pop(record, None)
@@ -374,6 +397,12 @@ class Ledger:
         """The connections of a pool that are checked out, oldest first."""
         with self.lock:
             return [holder for holder in self.holders.values() if holder.pool is pool]
+
+    def settings(self, holder: Holder) -> dict[str, Setting] | None:
+        """The server's time limits that statements may have set on a connection; None where not all were seen."""
+        record = holder.record
+        known = None if record is None else self._settings.get(record)
+        return None if known is None else {**known, **(holder.local_settings or {})}
 
     def pools_in_demand(self) -> set[Pool]:
         """The pools that connections are out of, while somebody waits for one."""

@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import Any
 
-_running_loop = asyncio._get_running_loop
+from ormscope.internals import running_loop
 
 TaskOrThread = asyncio.Task[Any] | threading.Thread
 
@@ -47,6 +47,6 @@ def name_of(subject: TaskOrThread) -> str:
 
 def current() -> TaskOrThread:
     """The task that runs now in this thread, or the thread."""
-    loop = _running_loop()
+    loop = running_loop()
     task = None if loop is None else asyncio.current_task(loop)
     return threading.current_thread() if task is None else task

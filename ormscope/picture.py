@@ -392,6 +392,7 @@ def draw_waits(recording: Recording) -> Picture:
     others = len(verdict.waiting) - sum(
         one.waits is not None and one.waits.pool == verdict.pool for one in holding
     )
+    locked_out = [one.in_server for one in holding if one.in_server is not None]
     font = 12 if len(holding) <= 24 else 8
     with look():
         figure = new_figure(10, 5.6)
@@ -429,6 +430,9 @@ def draw_waits(recording: Recording) -> Picture:
                 0.2,
             ),
         ]
+        if locked_out:
+            line = Counter(one.short for one in locked_out).most_common(1)[0][0]
+            notes[1] = (f"{notes[1][0]},\nor for a lock in the server, in {line}", WAITING, 0.2)
         if others:
             notes.append((f"{others} more in line,\nholding nothing", "#444444", -0.75))
         for text, color, y in notes:
@@ -436,9 +440,10 @@ def draw_waits(recording: Recording) -> Picture:
         figure.suptitle("Who waits for whom", x=0.01, ha="left", weight="bold", fontsize=16)
     asked = {holder.waits.pool for holder in holding if holder.waits} or {verdict.pool}
     of = "the same pool" if asked == {verdict.pool} else " and ".join(sorted(asked))
+    lock = f", {len(locked_out)} of them in the server for a lock" if locked_out else ""
     alternative = (
         f"Wait-for graph: {len(holding)} tasks each hold one connection of {verdict.pool} and wait for one more"
-        f" of {of}; {others} tasks that hold nothing wait behind them."
+        f" of {of}{lock}; {others} tasks that hold nothing wait behind them."
     )
     return Picture(figure, "who waits for whom", alternative)
 

@@ -68,6 +68,14 @@ def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
     return _users(sleeping_frames(subject))
 
 
+def own_place(subject: TaskOrThread) -> Place:
+    """The innermost line of the program's own code, not of a library it uses, where a task or thread sleeps."""
+    for frame in reversed(sleeping_frames(subject)):
+        if is_users(frame) and not is_library(frame.f_code.co_filename):
+            return place((frame.f_code, frame.f_lineno))
+    return NOWHERE
+
+
 def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
     """Of frames, outermost first, those of the user's code, innermost first."""
     own = (frame for frame in reversed(frames) if is_users(frame))

@@ -23,7 +23,16 @@ from ormscope.ledger import Attempt, Holder, Ledger, Sample, Waiter
 from ormscope.loop import LoopScope
 from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
-from ormscope.places import NOWHERE, Place, RawPlace, is_library, place, places, running_places
+from ormscope.places import (
+    NOWHERE,
+    Place,
+    RawPlace,
+    is_library,
+    own_place,
+    place,
+    places,
+    running_places,
+)
 from ormscope.proof import Proof
 from ormscope.server import ServerReport, ask
 from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
@@ -82,7 +91,7 @@ class PoolScope:
         self.failure: str | None = None
         self.proof: Proof | None = None
         self.lacking = internals.missing()
-        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return)
+        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return, self._on_answer)
         self._last: tuple[Proof, Verdict] | None = None
         self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Verdict | None]]] = []
         self._closed = False
@@ -252,7 +261,7 @@ class PoolScope:
 
     async def deadlock(self) -> Verdict | None:
         """Wait until a deadlock of this pool is proved, among tasks or threads; None once the scope is closed."""
-        if self.proof is not None and not self.proof.timers and self.deadlocks:
+        if self.proof is not None and not self.proof.is_timed and self.deadlocks:
             return self.deadlocks[-1]
         if self._closed or self.failure:
             return None
@@ -272,7 +281,7 @@ class PoolScope:
         """Called once for each proof that this pool is part of."""
         verdict = judge(self._snapshot(thorough=False))
         self._last = (found, verdict)
-        if found.timers:
+        if found.is_timed:
             return
         self.deadlock_count += 1
         if len(self.deadlocks) < _KEPT_DEADLOCKS:
@@ -290,8 +299,10 @@ class PoolScope:
     async def ask_server(self) -> ServerReport:
         """Ask PostgreSQL, over a connection outside of the pool, who waits there for whom; it takes 5 s at most.
 
-        Finds a deadlock through a lock in the server, and who is blocked, slow, or idle in a transaction. Raises
-        nothing: the report says what could not be asked.
+        Finds who is blocked, slow, or idle in a transaction, and deadlocks through a lock in the server. What it
+        proves is from then on known to `verdict()`, `deadlock()` and `deadlocks` as if it had been proved without the
+        server, until a connection comes back or a statement ends. Raises nothing: the report says what could not be
+        asked.
         """
         return await ask(self)
 
@@ -302,15 +313,11 @@ class PoolScope:
             proof.begin(who, holds)
 
     def _on_return(self, pool: Pool) -> None:
-        if self.proof is None:
-            return
-        for scope in list(proof.scopes):
-            found = scope.proof
-            if found is not None and id(pool) in found.pools:
-                found.broken_at = (
-                    time.perf_counter()
-                )  # a connection came back, so the circle is broken
-                scope.proof = None
+        if self.proof is not None:
+            proof.withdraw(lambda found: id(pool) in found.pools)
+
+    def _on_answer(self, holder: Holder) -> None:
+        proof.withdraw(lambda found: holder.last_user.subject in found.in_server)
 
     def _broken_for(self, who: TaskOrThread) -> Verdict | None:
         """The deadlock that somebody was part of until a moment ago."""
@@ -372,6 +379,8 @@ class PoolScope:
             timers=found.timers if found is not None else (),
             limits_above=found.limits_above if found is not None else (),
             behind=_names_of(found.pools - found.about) if found is not None else (),
+            through_server=found is not None and bool(found.in_server),
+            server_limits=found.server_limits if found is not None else (),
             blocked=self._blocked(now, queue),
             overtaken=self._is_overtaken(now, queue),
             threads=bool(queue) and not isinstance(queue[0].who, asyncio.Task),
@@ -398,15 +407,19 @@ class PoolScope:
         ledger, queued = self.ledger, _queued_anywhere()
         holders = ledger.held(self.pool)
         below: set[TaskOrThread] = set()
+        stopped = set() if self.proof is None else set(self.proof.in_server)
         holding = []
         for holder in holders:
             subjects = proof.live_users(holder)
-            waits, through_tasks = None, False
+            waits, in_server, through_tasks = None, None, False
             activities: list[Activity] = []
             for subject in subjects:
                 children = waitgraph.below(subject)
                 below |= children
                 entry = next((queued[who] for who in (subject, *children) if who in queued), None)
+                locked_out = next((who for who in (subject, *children) if who in stopped), None)
+                if locked_out is not None:
+                    in_server = own_place(locked_out)
                 if entry is not None:
                     if waits is None:
                         waits = _waiting(entry[1], now, entry[0])
@@ -428,6 +441,7 @@ class PoolScope:
                     places=places(holder.frames),
                     alive=not holder.is_lost,
                     waits=waits if is_stuck else None,
+                    in_server=in_server,
                     activity=activity,
                     last_sql=holder.last_sql,
                     kept_by=holder.kept_by,

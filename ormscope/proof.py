@@ -30,7 +30,7 @@ from ormscope.loops import running_watch, watch_of
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.places import NOWHERE, Place, is_users, place
 from ormscope.reach import Users, users_of
-from ormscope.stacks import steps_of
+from ormscope.stacks import only_looks_up, steps_of
 from ormscope.waitgraph import Stuck, Waits, awaited_by, find_stuck, find_stuck_parts
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Proof:
     """A proved hold-and-wait: through which pools, who is part of it, and the lines of the time limits that end it.
 
     `timers` end it, `limits_above` only wake a task that awaits a member, and may then end it. `about` are those of the
-    pools that wait for all the others, which may be stuck without them.
+    pools that wait for all the others, which may be stuck without them. `in_server` are the members
+    that wait for a lock in the server, `server_limits` the server's own limits that may end that, in words.
     """
 
     pools: frozenset[int]  # their ids; whoever waits in one keeps it
@@ -62,8 +63,15 @@ class Proof:
     timers: tuple[Place, ...]
     limits_above: tuple[Place, ...]
     about: frozenset[int]
+    in_server: weakref.WeakSet[TaskOrThread] = field(default_factory=weakref.WeakSet)
+    server_limits: tuple[str, ...] = ()
     at: float = field(default_factory=time.perf_counter)
     broken_at: float | None = None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a time limit ends it, or may end it."""
+        return bool(self.timers or self.server_limits)
 
 
 @dataclass(eq=False)
@@ -266,7 +274,7 @@ def _suspect(watched: list[PoolScope], still: list[PoolScope]) -> _Suspicion | N
     known = {
         key
         for scope in watched
-        if scope.proof and not scope.proof.timers
+        if scope.proof and not scope.proof.is_timed
         for key in scope.proof.pools
     }
     new = {pool for pool in waits.wakers if pool in asked and id(pool) not in known}
@@ -410,7 +418,7 @@ def _confirm(finding: _Finding) -> None:
             tasks = [member for member in members if isinstance(member, asyncio.Task)]
             look_for_users(finding.suspicion.holders, tasks)
         for part in _unmoved(finding, watched):
-            if not _is_being_woken(part):  # its pool_timeout may be up at this very moment
+            if not is_being_woken(part):  # its pool_timeout may be up at this very moment
                 declare(part)
     except Exception as error:
         _step_aside(watched, error)
@@ -438,22 +446,27 @@ def prove_now() -> None:
         return
     finding = _examine(suspicion, watched)
     for part in _unmoved(finding, watched):
-        threads = {
-            watch_of(member.get_loop()).thread
-            for member in part.members
-            if isinstance(member, asyncio.Task)
-        }
         # From another thread, a look that is not exact may have missed what moved: the loop will look itself.
-        is_quiet = finding.exact or threads <= {threading.get_ident()}
-        if is_quiet and _is_being_woken(part) is False:
+        is_quiet = finding.exact or is_of_this_thread(part)
+        if is_quiet and is_being_woken(part) is False:
             declare(part)
+
+
+def is_of_this_thread(stuck: Stuck) -> bool:
+    """Whether no task that is part of it can move while this thread looks."""
+    tasks = [member for member in stuck.members if isinstance(member, asyncio.Task)]
+    return {watch_of(task.get_loop()).thread for task in tasks} <= {threading.get_ident()}
 
 
 _declaring = threading.Lock()
 
 
-def declare(stuck: Stuck) -> None:
-    """Tell each scope whose pool is part of a proved deadlock."""
+def declare(
+    stuck: Stuck,
+    in_server: Collection[TaskOrThread] = (),
+    server_limits: tuple[str, ...] = (),
+) -> None:
+    """Tell each scope whose pool is part of a proved deadlock, and who of it waits in the server."""
     timers, above = timers_of(stuck, waits_of(list(scopes)))
     about = frozenset(map(id, stuck.about))
     with _declaring:
@@ -461,16 +474,38 @@ def declare(stuck: Stuck) -> None:
             scope
             for scope in list(scopes)
             if any(id(waiter.pool) in about for waiter in list(scope.ledger.waiters.values()))
-            and (scope.proof is None or (scope.proof.timers and not timers))
+            and (scope.proof is None or (scope.proof.is_timed and not timers and not server_limits))
         ]
         if not told:
             return
         pools = frozenset(map(id, stuck.pools))
-        proof = Proof(pools, weakref.WeakSet(stuck.members), timers, above, about)
+        members = weakref.WeakSet(stuck.members)
+        waiting = weakref.WeakSet(in_server)
+        proof = Proof(pools, members, timers, above, about, waiting, server_limits)
+        statements = [
+            holder
+            for scope in list(scopes)
+            for holder in scope.holders
+            if holder.statements and holder.last_user.subject in waiting
+        ]
+        for holder in statements:
+            holder.is_stuck = True
         for scope in told:
             scope.proof = proof
+        if not all(holder.is_stuck for holder in statements):
+            withdraw(lambda known: known is proof)  # a thread's, which has ended just now
+            return
         for scope in told:
             scope.proved(proof)
+
+
+def withdraw(is_broken: Callable[[Proof], bool]) -> None:
+    """Tell each scope whose proof does not hold any more."""
+    for scope in list(scopes):
+        found = scope.proof
+        if found is not None and is_broken(found):
+            found.broken_at = time.perf_counter()
+            scope.proof = None
 
 
 # What ends it from outside.
@@ -612,11 +647,12 @@ def _limits_on(step: Any) -> dict[object, float]:
     return found
 
 
-def _is_being_woken(stuck: Stuck) -> bool | None:
+def is_being_woken(stuck: Stuck) -> bool | None:
     """Whether something that a loop is about to do concerns those who seem stuck; None where a loop does not tell."""
     members = [member for member in stuck.members if isinstance(member, asyncio.Task)]
     targets = {id(member) for member in members}
-    targets |= {id(internals.awaited_future(member)) for member in members}
+    targets |= {id(internals.last_awaited(member)) for member in members}
+    dozing = {member for member in members if only_looks_up(member)}
     for loop in {member.get_loop() for member in members}:
         handles = internals.ready_handles(loop)
         if handles is None:
@@ -624,15 +660,20 @@ def _is_being_woken(stuck: Stuck) -> bool | None:
         # A loop that is late has timers that are due and not among those yet.
         soon = loop.time() + _PAUSE
         due = [handle for handle in internals.timers(loop) or () if handle.when() <= soon]
-        if any(_leads_to(handle, targets, set()) for handle in (*handles, *due)):
-            return True
+        for handle in (*handles, *due):
+            if internals.wakes(handle) not in dozing and _leads_to(handle, targets, set()):
+                return True
     return False
 
 
 def _leads_to(handle: asyncio.Handle, targets: set[int], excluded: set[int]) -> bool:
     """Whether a callback of a loop can touch one of the targets, given by their ids."""
     callback, arguments = internals.callback_of(handle)
-    if getattr(callback, "__module__", None) == __name__ or internals.ends_as_completed(callback):
+    if (
+        getattr(callback, "__module__", None) == __name__
+        or internals.ends_as_completed(callback)
+        or internals.only_looks_up(handle)
+    ):
         return False
     seen: set[int] = set()
     _follow([callback, *arguments], lambda value: seen.add(id(value)))

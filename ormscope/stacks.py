@@ -31,7 +31,7 @@ from typing import Any
 import greenlet
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from ormscope.internals import greenlet_of
+from ormscope import internals
 from ormscope.owners import TaskOrThread
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
@@ -51,6 +51,12 @@ def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
         frames.append(frame)
         frames += greenlet_frames(frame)
     return frames
+
+
+def only_looks_up(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that has been woken, as it seems, only looks up, and will wait on for the server's answer."""
+    frames = [frame for _, frame in steps_of(task)]
+    return bool(frames) and internals.is_still_waiting(frames[-1], locals_of)
 
 
 def steps_of(task: asyncio.Task[Any]) -> list[tuple[Any, FrameType]]:
@@ -73,7 +79,7 @@ def greenlet_frames(frame: FrameType) -> list[FrameType]:
     if frame.f_code is not greenlet_spawn.__code__:
         return []
     # Asked from another thread, the task may have woken and gone on meanwhile.
-    context = greenlet_of(locals_of(frame))
+    context = internals.greenlet_of(locals_of(frame))
     return _down_from(context.gr_frame if context is not None else None)
 
 

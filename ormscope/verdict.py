@@ -9,6 +9,7 @@ from typing import Literal
 
 from ormscope.activity import Activity
 from ormscope.places import NOWHERE, Place
+from ormscope.server_limits import NEVER
 
 Cause = Literal[
     "healthy", "saturated", "deadlock", "deadlock until a timer", "leaked", "loop blocked", "unfair",
@@ -44,7 +45,8 @@ class Holding:
     """Somebody who holds a connection: `age` seconds so far, user frames innermost first.
 
     `alive` is false where nobody is left who could give it back. `waits` is the queue entry that it sits behind, by
-    itself or, if `through_tasks`, through tasks that it awaits, in this pool or another; `activity` what else its
+    itself or, if `through_tasks`, through tasks that it awaits, in this pool or another; `in_server` the line whose
+    statement waits for a lock in the server, where a deadlock is proved through that; `activity` what else its
     user does, None where that is not known. `kept_by` tells what keeps the connection, where no running function does.
     """
 
@@ -57,6 +59,7 @@ class Holding:
     last_sql: str | None
     kept_by: str = ""
     through_tasks: bool = False
+    in_server: Place | None = None
 
     @property
     def elsewhere(self) -> Place | None:
@@ -72,7 +75,8 @@ class Snapshot:
     `waiting` are those in line, those that hold a connection included. `proved` is whether
     a deadlock is, `timers` are the lines of the time limits that end it before `timeout` does, `limits_above` those
     of tasks that await a member without ending it, and may then do so; `behind` are the pools that are stuck without
-    this one, which only waits for them. `blocked` is where the event
+    this one, which only waits for them. `through_server` is whether it goes through a lock in the server,
+    `server_limits` the server's own limits that may end it. `blocked` is where the event
     loop is blocked. `overtaken`: whether those in line are passed again and again; `threads`: whether
     they are threads. `moved` is whether a connection came back or was handed out a moment ago, `still` whether none
     has for long. `connect_error` is how the last attempts to connect failed, of which `attempts` were made in the last
@@ -94,6 +98,8 @@ class Snapshot:
     timers: tuple[Place, ...] = ()
     limits_above: tuple[Place, ...] = ()
     behind: tuple[str, ...] = ()
+    through_server: bool = False
+    server_limits: tuple[str, ...] = ()
     blocked: Place | None = None
     overtaken: bool = False
     threads: bool = False
@@ -146,7 +152,7 @@ def _cause(pool: Snapshot) -> Cause:
     if pool.failure:
         return "unknown"
     if pool.proved:
-        return "deadlock until a timer" if pool.timers else "deadlock"
+        return "deadlock until a timer" if pool.timers or pool.server_limits else "deadlock"
     if any(not holding.alive for holding in pool.holding):
         return "leaked"
     if pool.blocked is not None:
@@ -200,10 +206,16 @@ def _in_line(waiting: Iterable[Waiting]) -> list[str]:
 def _deadlock_report(verdict: Verdict) -> list[str]:
     stuck = [holder for holder in verdict.holding if holder.waits is not None]
     asked = [holder.waits for holder in stuck if holder.waits is not None]
+    blocked = [holder for holder in verdict.holding if holder.in_server is not None]
     others = sorted({waits.pool for waits in asked} - {verdict.pool})
     behind = Counter(_innermost(waits.places) for waits in asked if waits.pool == verdict.pool)
     queue = Counter(_innermost(waiter.places) for waiter in verdict.waiting) - behind
-    if not stuck:
+    if verdict.through_server:
+        why = (
+            "Every connection is held by a task that waits for another one, or in the server for a lock that such a "
+            "task has."
+        )
+    elif not stuck:
         why = "Whoever could give a connection back waits for another one."
     elif others:
         names = " and ".join(others)
@@ -216,12 +228,21 @@ def _deadlock_report(verdict: Verdict) -> list[str]:
     return [
         f"{name} in {verdict.pool} (hold-and-wait): {_out_of(verdict)}",
         why,
-        *_held(stuck),
+        *_held(holder for holder in verdict.holding if holder in stuck or holder in blocked),
         *_asked(asked, verdict.pool),
+        *_block("in server", (holder.in_server or NOWHERE for holder in blocked)),
         *_block("in line", queue),
         f"  {'ends':<9} {_end(verdict)}",
         *_formula(verdict, bool(others)),
         f"  {'fix':<9} {_smallest_fix(verdict, stuck, others)}",
+    ]
+
+
+def time_limits(timers: Iterable[Place]) -> list[str]:
+    """The time limits of the program itself, by the lines that set them, in words."""
+    return [
+        f"a time limit in {line.short}" if line.line else f"a time limit set {line.short}"
+        for line in sorted(set(timers))
     ]
 
 
@@ -234,22 +255,26 @@ def _asked(asked: list[Waiting], pool: str) -> list[str]:
 
 
 def _end(verdict: Verdict) -> str:
-    if verdict.timers:
-        places = " and ".join(place.short for place in sorted(set(verdict.timers))[:3])
-        return f"when a time limit in {places} ends it"
+    limits = [*verdict.server_limits, *time_limits(verdict.timers)[:3]]
+    if limits:
+        also = "" if verdict.timeout is None or not verdict.server_limits else ", or pool_timeout"
+        return f"when {' or '.join(limits)} ends it{also}"
     ends = []
     if verdict.timeout is not None:
         ends.append(f"pool_timeout ({verdict.timeout:g} s) makes a waiter give up")
     if verdict.limits_above:
         places = " and ".join(place.short for place in sorted(set(verdict.limits_above))[:3])
         ends.append(f"{places}, which awaits it with a time limit, cancels it")
+    if verdict.through_server:
+        return f"when {' or '.join(ends)}; no time limit of the server is known" if ends else NEVER
     if not ends:
         return "never: pool_timeout is None"
     return f"when {' or '.join(ends)}, and not before"
 
 
 def _formula(verdict: Verdict, several_pools: bool) -> list[str]:
-    if several_pools or verdict.depth < 2:
+    # How many would be enough depends on how many can come to wait for the lock.
+    if several_pools or verdict.depth < 2 or verdict.through_server:
         return []
     tasks, depth = verdict.tasks, verdict.depth
     if _takes_one_after_another(verdict):

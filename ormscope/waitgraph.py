@@ -6,7 +6,8 @@ that awaits tasks is woken by them. These kinds of waiting are followed:
 
 - awaiting a task, `asyncio.gather` (of tasks, of other gathers), `asyncio.shield`, `asyncio.wait`, `wait_for`,
   `as_completed`, and the end of an `asyncio.TaskGroup` or of one of anyio's;
-- a place in the queue of a pool that has a PoolScope, for tasks and for threads.
+- a place in the queue of a pool that has a PoolScope, for tasks and for threads;
+- a statement that waits in PostgreSQL for a lock, where `ask_server()` has found who has it.
 
 Whatever else is awaited, alone or beside tasks (a socket, an Event, a Lock, a Queue, a thread, a plain future), can
 wake a task at any time, so nothing is proved through it. A deadlock through one of those is not found; none is
@@ -14,10 +15,11 @@ invented.
 
 A time limit that runs out before `pool_timeout` does, of a stuck task (`asyncio.timeout`, `wait_for`,
 `wait(timeout=)`, anyio's scopes, `loop.call_later` with its own cancel) or of a task that awaits one and passes its
-cancellation on, makes it a "deadlock until a timer": named, with the line, but not counted among the deadlocks, and
-no alert that says "restart" fires. Who awaits a stuck task by `asyncio.wait(timeout=)`, `as_completed` or `shield`
-will go on by himself, and may then cancel it or not: it stays a deadlock, whose report says that he may. Somebody
-else may always cancel a task from outside: that is not counted, as a restart is not.
+cancellation on, or a limit of the server's that runs there or may run, makes it a "deadlock until a timer": named,
+with the line, but not counted among the deadlocks, and no alert that says "restart" fires. Who awaits a stuck task by
+`asyncio.wait(timeout=)`, `as_completed` or `shield` will go on by himself, and may then cancel it or not: it stays a
+deadlock, whose report says that he may. Somebody else may always cancel a task from outside: that is not counted, as
+a restart is not.
 """
 
 from __future__ import annotations
@@ -283,6 +285,9 @@ class _Search:
 
     def waiting_for(self, subject: TaskOrThread) -> object:
         """What somebody waits for, such that it differs once it has been woken in between."""
+        if subject in self.waits.edges:
+            # Its driver may wake and wait on as it likes; whether the server has answered, only the server tells.
+            return frozenset(map(id, self.waits.edges[subject]))
         if isinstance(subject, asyncio.Task):
             return id(awaited_future(subject))
         return id(self.waits.queued(subject))

@@ -22,7 +22,7 @@ from ormscope import PoolScope
 from ormscope.ledger import Ledger
 from workshop.database import Server
 
-ASKED = {"held", "holds", "queue", "pools_in_demand", "is_exhausted"}
+ASKED = {"settings", "held", "holds", "queue", "pools_in_demand", "is_exhausted"}
 # What the hooks call.
 TOLD = [
     name
@@ -69,7 +69,7 @@ def test_whatever_raises_in_a_ledger_no_request_fails(
 ) -> None:
     async def main() -> None:
         engine = create_async_engine(server.url, pool_size=2, max_overflow=0, pool_timeout=20)
-        scope = PoolScope(engine)
+        scope = PoolScope(engine, samples=True)
         calls = Counter[str]()
 
         def fails(*about: Any, **more: Any) -> None:
@@ -93,7 +93,7 @@ def test_whatever_raises_in_a_ledger_no_request_fails(
     run(main())
 
 
-@pytest.mark.parametrize("name", ["queued", "unqueued", "acquired", "released", "statement_ends"])
+@pytest.mark.parametrize("name", ["queued", "acquired", "released", "statement_ends"])
 def test_threads_do_not_suffer_either(
     name: str, server: Server, monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:

@@ -71,9 +71,15 @@ def test_no_other_module_uses_a_private_name() -> None:
 
 def test_each_private_name_is_looked_for() -> None:
     looked_for = {name for _, _, name in NAMES} | {*internals._OF_GROUPS} | OF_IPYTHON
+    looked_for.add(internals._OF_ASYNCPG)
     used = set().union(*(private_names(PACKAGE / name) for name in MODULES))
     if sys.version_info < (3, 13):
-        used -= {"_AsCompletedIterator", "_todo", "_timeout_handle"}  # from 3.13 on
+        used -= {
+            "_AsCompletedIterator",
+            "_todo",
+            "_timeout_handle",
+            "_handle_timeout",
+        }  # from 3.13 on
     assert not used - looked_for
 
 
