@@ -207,9 +207,9 @@ def _report(scope: PoolScope, answer: _Answer) -> ServerReport:
         if scope.pool not in deadlock.stuck.about:
             continue
         pids = deadlock.pids
-        timers, cancelling = proof.timers_of(deadlock.stuck, proof.waits_of(list(proof.scopes)))
+        timers, waking = proof.timers_of(deadlock.stuck, proof.waits_of(list(proof.scopes)))
         ends = [*limits, *time_limits(timers)]
-        above = [f"{limit}, whose task awaits one of them," for limit in time_limits(cancelling)]
+        above = [f"{limit}, whose task may cancel one of them," for limit in time_limits(waking)]
     sessions: dict[int, Session] = {}
     unseen = [pid for pid, holder in seen.holders.items() if holder.pool is scope.pool]
     unseen += [pid for pid, session in seen.sessions.items() if session.left]

@@ -75,7 +75,8 @@ class ServerReport:
     """What the server and a pool know together at one moment; `str()` is the report.
 
     `sessions` are the connections that are checked out, those that block them, and those that have locks left behind.
-    `ends` are the time limits that end a deadlock, or may, `above` those that cancel it from outside, `timeout` is the
+    `ends` are the time limits that end a deadlock, or may, `above` those after which its task may be
+    cancelled, `timeout` is the
     pool's, in seconds. `problem` is why nothing is known.
     The report of a deadlock has no times, so that it reads the same in every run.
     """

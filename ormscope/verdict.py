@@ -264,7 +264,7 @@ def _end(verdict: Verdict) -> str:
         ends.append(f"pool_timeout ({verdict.timeout:g} s) makes a waiter give up")
     if verdict.limits_above:
         places = " and ".join(place.short for place in sorted(set(verdict.limits_above))[:3])
-        ends.append(f"{places}, which awaits it with a time limit, cancels it")
+        ends.append(f"{places}, which awaits it with a time limit, may cancel it")
     if verdict.through_server:
         return f"when {' or '.join(ends)}; no time limit of the server is known" if ends else NEVER
     if not ends:

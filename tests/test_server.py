@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, SELECT, run, until
+from helpers import PATIENCE, SELECT, cancelled, run, until
 from sqlalchemy import TextClause, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -809,8 +809,11 @@ def test_a_time_limit_above_is_told_and_the_deadlock_counted(server: Server) -> 
         engine, scope = pool_of_three(server.url)
 
         async def hurry() -> None:
-            async with asyncio.timeout(61):
-                await asyncio.create_task(update(engine, ADVISORY), name="update")
+            task = asyncio.create_task(update(engine, ADVISORY), name="update")
+            try:
+                await asyncio.wait({task}, timeout=61)
+            finally:
+                await cancelled(task)
 
         work = order(engine, ADVISORY), update(engine, ADVISORY), hurry()
         async with deadlocked(engine, scope, *work) as report:
@@ -820,10 +823,11 @@ def test_a_time_limit_above_is_told_and_the_deadlock_counted(server: Server) -> 
     report, verdict = run(main())
     assert verdict.cause == "deadlock", report
     assert re.search(
-        r"ends      when a time limit in hurry, line \d+, whose task awaits one", report
+        r"ends      when a time limit in hurry, line \d+, whose task may cancel one of them, ends",
+        report,
     )
     assert re.search(
-        r"ends      when a time limit in hurry, line \d+, which awaits it, cancels it; no time limit of the server",
+        r"ends      when hurry, line \d+, which awaits it with a time limit, may cancel it; no time limit of the",
         str(verdict),
     )
 
