@@ -1,26 +1,17 @@
-"""Instruments for SQLAlchemy under load: connection pools, event loop, memory."""
+"""Instruments for SQLAlchemy under load: connection pools, the event loop, the objects that a session keeps.
+
+They watch a running program; what runs experiments with them stands in `ormscope.lab`.
+"""
 
 import logging
 
 from ormscope.census import SessionCensus
 from ormscope.loop import LoopScope
-from ormscope.memory import MemoryScope
-from ormscope.observe import observe
 from ormscope.pool import PoolScope
-from ormscope.recording import Recording
-from ormscope.storm import storm
 from ormscope.verdict import Verdict
 
-__all__ = [
-    "LoopScope",
-    "MemoryScope",
-    "PoolScope",
-    "Recording",
-    "SessionCensus",
-    "Verdict",
-    "observe",
-    "storm",
-]
+__all__ = ["LoopScope", "PoolScope", "SessionCensus", "Verdict"]
+__version__ = "1.0.0"
 
 # What a PoolScope has to say goes to the program's own log, and nowhere where there is none.
 logging.getLogger("ormscope").addHandler(logging.NullHandler())

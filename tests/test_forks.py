@@ -16,7 +16,7 @@ from leftovers import has_ended, runs_of
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from ormscope import Recording, forks, observe
+from ormscope.lab import Recording, forks, observe
 from workshop.database import Server
 
 needs_forks = pytest.mark.skipif(not forks.CAN_FORK, reason="only Linux forks")
@@ -27,7 +27,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "forked" and not forks.CAN_FORK:
         pytest.skip("only Linux forks")
     # The module; the package's name for it is the function.
-    module = sys.modules["ormscope.observe"]
+    module = sys.modules["ormscope.lab.observe"]
     monkeypatch.setattr(module, "CAN_FORK", request.param == "forked")
     return str(request.param)
 
@@ -133,7 +133,7 @@ def test_a_fork_of_the_user_gets_a_server_of_its_own() -> None:
 
 @needs_forks
 def test_the_server_ends_with_its_process() -> None:
-    code = "from ormscope import observe; observe(print, live=False); print('ran', flush=True); input()"
+    code = "from ormscope.lab import observe; observe(print, live=False); print('ran', flush=True); input()"
 
     user = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -13,7 +13,7 @@ from leftovers import await_that, runs_of
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from ormscope import MemoryScope, observe
+from ormscope.lab import MemoryScope, observe
 from workshop.database import Server
 from workshop.shop import Sale
 

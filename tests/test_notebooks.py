@@ -431,7 +431,7 @@ from functools import partial
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from ormscope import observe, storm
+from ormscope.lab import observe, storm
 from workshop.shop import Order, Product
 
 

@@ -21,9 +21,9 @@ from leftovers import await_that, has_ended
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from ormscope import Recording, observe, storm
-from ormscope.observe import InstrumentError, WorkloadError
-from ormscope.picture import _thinned
+from ormscope.lab import Recording, observe, storm
+from ormscope.lab.observe import InstrumentError, WorkloadError
+from ormscope.lab.picture import _thinned
 from workshop.database import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def test_places_in_a_cell_are_named_by_function_line_and_text(server: Server) ->
     source = textwrap.dedent(
         """
         from sqlalchemy.ext.asyncio import create_async_engine
-        from ormscope import storm
+        from ormscope.lab import storm
         async def order(engine):
             async with engine.connect():
                 async with engine.connect() as second:
@@ -190,7 +190,7 @@ def test_places_in_a_cell_are_named_by_function_line_and_text(server: Server) ->
 SCRIPT = """
 import sys
 sys.path.insert(0, "tests")
-from ormscope import observe
+from ormscope.lab import observe
 from tests.test_observe import nested_orders
 print("ready", flush=True)
 recording = observe(nested_orders, sys.argv[1], 20, pool_size=2, max_overflow=0, fuse=60)

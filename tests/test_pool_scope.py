@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from ormscope import PoolScope, storm
+from ormscope import PoolScope
+from ormscope.lab import storm
 from workshop.database import Server
 
 # Ways for a task that holds a connection to wait for one that another line asks for.

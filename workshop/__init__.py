@@ -41,7 +41,7 @@ def load_ipython_extension(shell: Any) -> None:
             self.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     # Here rather than within the first run: an import cannot be cut short, and would delay ■ by a second.
-    import ormscope.picture  # noqa: F401
+    import ormscope.lab.picture  # noqa: F401
 
     shell.set_custom_exc((Exception, BaseExceptionGroup), show)
     shell.events.register("post_run_cell", _note_syntax_error)

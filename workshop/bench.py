@@ -24,8 +24,8 @@ from nbclient import NotebookClient
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from ormscope import MemoryScope, Recording, observe, storm
-from ormscope.storm import log
+from ormscope.lab import MemoryScope, Recording, observe, storm
+from ormscope.lab.storm import log
 from workshop.database import start_server
 from workshop.shop import Product, Sale
 
@@ -82,7 +82,7 @@ def print_bare(url: str) -> None:
 def _observed(url: str) -> float:
     """The storm's throughput when a notebook cell observes it and draws it live, in requests per second."""
     cell = nbformat.v4.new_code_cell(
-        f"from ormscope import observe\nfrom workshop.bench import busy\nprint(observe(busy, {url!r}).throughput)"
+        f"from ormscope.lab import observe\nfrom workshop.bench import busy\nprint(observe(busy, {url!r}).throughput)"
     )
     notebook = nbformat.v4.new_notebook(cells=[cell])
     NotebookClient(notebook, kernel_name=NATIVE_KERNEL_NAME, timeout=300).execute()

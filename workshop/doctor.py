@@ -89,7 +89,7 @@ async def _starve(url: str) -> None:
     from sqlalchemy import select
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-    from ormscope import storm
+    from ormscope.lab import storm
 
     engine = create_async_engine(url, pool_size=2, max_overflow=0)
     session_maker = async_sessionmaker(engine)
@@ -106,7 +106,7 @@ async def _starve(url: str) -> None:
 
 def check_starvation() -> str:
     """A pool is starved for two seconds, and the instruments call it a deadlock."""
-    from ormscope import observe
+    from ormscope.lab import observe
     from workshop.database import database_url
 
     recording = observe(_starve, database_url(), fuse=2, live=False, title="rehearsal")
@@ -130,8 +130,8 @@ def check_memory_reading() -> str:
 
 def check_picture() -> str:
     """A picture is drawn, fonts included."""
-    from ormscope.picture import draw
-    from ormscope.recording import Recording
+    from ormscope.lab.picture import draw
+    from ormscope.lab.recording import Recording
 
     png = draw(Recording(title="rehearsal")).png()
     if not png.startswith(b"\x89PNG"):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ormscope import Recording
-from ormscope.picture import (
+from ormscope.lab import Recording
+from ormscope.lab.picture import (
     CHECKED_OUT,
     COMPLETED,
     LOOP_LAG,

@@ -28,8 +28,8 @@ from urllib.request import ProxyHandler, build_opener
 from matplotlib.axes import Axes
 from prometheus_client.parser import text_string_to_metric_families
 
+from ormscope.lab.picture import CAPACITY, FAILED, WAITING, Picture, look, new_figure
 from ormscope.metrics import ALERTS
-from ormscope.picture import CAPACITY, FAILED, WAITING, Picture, look, new_figure
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
-from ormscope import PoolScope, Recording, storm
+from ormscope import PoolScope
+from ormscope.lab import Recording, storm
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import engine_of, forget_orders, own_households
 from workshop.checks.pool_rules import wrong_use_of_pools

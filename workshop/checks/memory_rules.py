@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ormscope import Recording
+from ormscope.lab import Recording
 from workshop.checks.task import Finding
 
 _MANY_COLLECTIONS = 20  # full ones; the collector itself comes to nine in a job of 100,000 objects

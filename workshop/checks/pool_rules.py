@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ormscope import Recording, Verdict
+from ormscope import Verdict
+from ormscope.lab import Recording
 from workshop.checks.task import Finding
 
 _TIMEOUT = "sqlalchemy.exc.TimeoutError"

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 
-from ormscope import Recording, storm
+from ormscope.lab import Recording, storm
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import engine_of, forget_orders, own_households
 from workshop.checks.pool_rules import wrong_use_of_pools

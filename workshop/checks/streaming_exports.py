@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, close_all_se
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ormscope import Recording, storm
+from ormscope.lab import Recording, storm
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import engine_of, forget_orders, own_households
 from workshop.checks.memory_rules import SAMPLED_SECONDS, wrong_remedy, wrong_use_of_memory

@@ -13,9 +13,9 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import workshop
-from ormscope import Recording, observe
-from ormscope.observe import UnsendableError
-from ormscope.recording import Curve
+from ormscope.lab import Recording, observe
+from ormscope.lab.observe import UnsendableError
+from ormscope.lab.recording import Curve
 from workshop import exercises
 from workshop.checks.catalogue import misconceptions
 from workshop.checks.evidence import LOAD_SECONDS
@@ -23,7 +23,7 @@ from workshop.database import database_url
 from workshop.mistake import Mistake
 
 if TYPE_CHECKING:
-    from ormscope.picture import Picture
+    from ormscope.lab.picture import Picture
 
 FUSE = LOAD_SECONDS + 2  # for what blocks the event loop, so that the load cannot end itself
 _MOST_LINES_SHOWN = 12

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util.queue import Queue as PoolQueue
 
-from ormscope import Recording, storm
+from ormscope.lab import Recording, storm
 from ormscope.places import is_user_code, place
 from ormscope.stacks import thread_frames
 from workshop.checks.evidence import evidence

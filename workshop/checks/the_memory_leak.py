@@ -25,8 +25,9 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, joinedload, selectinload
 
-from ormscope import Recording, SessionCensus, storm
+from ormscope import SessionCensus
 from ormscope.census import Keeper, Kind
+from ormscope.lab import Recording, storm
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import engine_of
 from workshop.checks.memory_rules import SAMPLED_SECONDS, wrong_use_of_memory
@@ -34,7 +35,7 @@ from workshop.checks.task import Finding, Task
 from workshop.shop import AuditEntry, Base, Product, Sale
 
 if TYPE_CHECKING:
-    from ormscope.picture import Picture
+    from ormscope.lab.picture import Picture
 
 CONTAINER = 100  # MiB; the functions as given take 70
 

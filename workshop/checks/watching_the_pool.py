@@ -19,13 +19,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from ormscope import PoolScope, Recording, storm
+from ormscope import PoolScope
+from ormscope.lab import Recording, storm
 from ormscope.metrics import PoolCollector
 from workshop.checks.evidence import evidence
 from workshop.checks.task import Finding, Task
 
 if TYPE_CHECKING:
-    from ormscope.picture import Picture
+    from ormscope.lab.picture import Picture
 
 _POLL_SECONDS = 0.001
 

@@ -100,7 +100,7 @@ class Reporter:
     def _collect(self, final: bool) -> dict[str, Any]:
         from dataclasses import replace
 
-        from ormscope.storm import log
+        from ormscope.lab.storm import log
 
         pools = []
         for number, scope in enumerate(self._scopes):
@@ -135,7 +135,7 @@ class Reporter:
             (number, start - self._start, end - self._start, *how)
             for number, start, end, *how in _drained(log.ended)
         ]
-        from ormscope.sessions import objects_alive
+        from ormscope.lab.sessions import objects_alive
 
         lag = self.loop_scope.longest_lag() if self.loop_scope is not None else None
         now = time.perf_counter() - self._start
@@ -193,10 +193,7 @@ def serve() -> None:
     import cloudpickle  # noqa: F401
     import psutil  # noqa: F401
 
-    import ormscope.pool
-    import ormscope.sessions
-    import ormscope.storm  # noqa: F401
-    from ormscope.forks import serve_forks
+    from ormscope.lab.forks import serve_forks
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_drivers([])
@@ -226,7 +223,7 @@ def main() -> None:
         linecache.cache[filename] = (sum(map(len, lines)), None, lines, filename)
     import cloudpickle
 
-    from ormscope.sessions import watch_sessions
+    from ormscope.lab.sessions import watch_sessions
 
     reporter = Reporter(messages)
     reporter.watch_every_engine()

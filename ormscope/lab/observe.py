@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import cloudpickle
 
-from ormscope.forks import CAN_FORK, Process, forked, spawned
+from ormscope.lab.forks import CAN_FORK, Process, forked, spawned
+from ormscope.lab.memory import MemorySample, MemoryScope
+from ormscope.lab.recording import Curve, ObjectsSample, PoolCurve, Recording
+from ormscope.lab.storm import Request
 from ormscope.ledger import Sample
-from ormscope.memory import MemorySample, MemoryScope
 from ormscope.orm_internals import show_as
 from ormscope.places import is_cell
-from ormscope.recording import Curve, ObjectsSample, PoolCurve, Recording
-from ormscope.storm import Request
 
 # Imported before a run where the caller has imported them; the asynchronous ones always are.
 _SYNCHRONOUS_DRIVERS = ("psycopg", "psycopg2", "pymysql", "MySQLdb")
@@ -307,7 +307,7 @@ def _picture(recording: Recording, live: bool) -> Iterator[Callable[[], None]]:
     if not (live and _in_notebook()):
         yield lambda: None
         return
-    from ormscope.picture import LivePicture
+    from ormscope.lab.picture import LivePicture
 
     picture = LivePicture(recording)
     yield picture.draw_if_due

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ormscope.recording import Curve, PoolCurve, Recording
+from ormscope.lab.recording import Curve, PoolCurve, Recording
 from ormscope.verdict import Holding, Waiting
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; each meaning keeps its colour in every picture.

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ormscope.lab.memory import MemorySample
+from ormscope.lab.storm import Request
 from ormscope.ledger import Sample
-from ormscope.memory import MemorySample
-from ormscope.storm import Request
 from ormscope.verdict import Verdict
 
 if TYPE_CHECKING:
-    from ormscope.picture import Picture
+    from ormscope.lab.picture import Picture
 
 End = Literal["running", "returned", "raised", "fuse", "memory limit", "interrupted", "died"]
 Curve = Literal["connections", "requests", "memory", "objects", "loop lag"]
@@ -210,13 +210,13 @@ class Recording:
 
     def plot(self, *others: Recording, titles: Sequence[str] | None = None) -> Picture:
         """The curves as a picture, side by side with those of other recordings on the same axes."""
-        from ormscope.picture import draw
+        from ormscope.lab.picture import draw
 
         return draw(self, *others, titles=titles)
 
     def plot_waits(self) -> Picture:
         """The wait-for graph of the first deadlock as a picture; raises ValueError where there was none."""
-        from ormscope.picture import draw_waits
+        from ormscope.lab.picture import draw_waits
 
         return draw_waits(self)
 
