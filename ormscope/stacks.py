@@ -39,6 +39,11 @@ _FRAME = ("cr_frame", "gi_frame", "ag_frame")
 _AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
 
 
+def is_sleeping(task: asyncio.Task[Any]) -> bool:
+    """Whether a task waits for something, and is not about to run."""
+    return internals.awaited_future(task) is not None
+
+
 def sleeping_frames(subject: TaskOrThread) -> list[FrameType]:
     """The frames in which a task or thread sleeps, outermost first.
 

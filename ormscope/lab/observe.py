@@ -18,7 +18,8 @@ import cloudpickle
 
 from ormscope.lab.forks import CAN_FORK, Process, forked, spawned
 from ormscope.lab.memory import MemorySample, MemoryScope
-from ormscope.lab.recording import Curve, ObjectsSample, PoolCurve, Recording
+from ormscope.lab.recording import Recording
+from ormscope.lab.run import Curve, ObjectsSample, PoolCurve
 from ormscope.lab.storm import Request
 from ormscope.ledger import Sample
 from ormscope.orm_internals import show_as

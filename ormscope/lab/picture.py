@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ormscope.lab.recording import Curve, PoolCurve, Recording
+from ormscope.lab.run import Curve, PoolCurve, Run
 from ormscope.verdict import Holding, Waiting
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; each meaning keeps its colour in every picture.
@@ -90,7 +90,7 @@ def look() -> Any:
     return matplotlib.style.context(STYLE)
 
 
-def draw(*recordings: Recording, titles: Sequence[str] | None = None) -> Picture:
+def draw(*recordings: Run, titles: Sequence[str] | None = None) -> Picture:
     """The curves of one recording, or of several side by side on the same axes."""
     names = list(titles or [one.title for one in recordings])
     curves = recordings[0].curves
@@ -131,11 +131,11 @@ def draw(*recordings: Recording, titles: Sequence[str] | None = None) -> Picture
     return Picture(figure, " | ".join(names), alternative)
 
 
-def _most_connections(recording: Recording) -> int:
+def _most_connections(recording: Run) -> int:
     return max((max(one.capacity or 0, one.most_checked_out) for one in recording.pools), default=1)
 
 
-def _most_requests(recording: Recording) -> int:
+def _most_requests(recording: Run) -> int:
     return max([recording.announced, 1, *(one.most_waiting for one in recording.pools)])
 
 
@@ -162,7 +162,7 @@ def _thinned(times: list[float], values: list[int]) -> tuple[list[float], list[i
     return [times[at] for at in kept], [values[at] for at in kept]
 
 
-def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
+def _draw_pool(axes: Axes, recording: Run, top: int) -> None:
     """Connections checked out over time: the first pool filled, further pools as broken lines."""
     labels: list[tuple[float, str, str]] = []
     for number, curve in enumerate(recording.pools):
@@ -199,7 +199,7 @@ def _draw_pool(axes: Axes, recording: Recording, top: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
+def _draw_requests(axes: Axes, recording: Run, top: int) -> None:
     """Tasks waiting for a connection, requests completed and failed, over time."""
     lines: list[tuple[str, str, list[float], list[int]]] = []
     if recording.pools:
@@ -233,11 +233,11 @@ def _draw_requests(axes: Axes, recording: Recording, top: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _most_memory(recording: Recording) -> float:
+def _most_memory(recording: Run) -> float:
     return max(recording.extra_memory, recording.memory_limit or 0.0, 8.0)
 
 
-def _draw_memory(axes: Axes, recording: Recording, top: float) -> None:
+def _draw_memory(axes: Axes, recording: Run, top: float) -> None:
     """Resident memory beyond that at the start, and the limit that ends the run."""
     first = recording.memory[0].mebibytes if recording.memory else 0.0
     times = [0.0, *(one.time for one in recording.memory)]
@@ -258,11 +258,11 @@ def _draw_memory(axes: Axes, recording: Recording, top: float) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _most_objects(recording: Recording) -> float:
+def _most_objects(recording: Run) -> float:
     return max(recording.most_objects, 10)
 
 
-def _draw_objects(axes: Axes, recording: Recording, top: float) -> None:
+def _draw_objects(axes: Axes, recording: Run, top: float) -> None:
     """Objects alive in the identity maps."""
     times = [0.0, *(one.time for one in recording.objects), recording.seconds]
     alive = [0, *(one.alive for one in recording.objects)]
@@ -281,11 +281,11 @@ def _thousands(value: float) -> str:
     return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
 
 
-def _longest_lag(recording: Recording) -> float:
+def _longest_lag(recording: Run) -> float:
     return max(recording.longest_lag, 0.05)
 
 
-def _draw_lag(axes: Axes, recording: Recording, top: float) -> None:
+def _draw_lag(axes: Axes, recording: Run, top: float) -> None:
     """How late the event loop was, as seen 20 times a second."""
     times = [0.0, *(at for at, _ in recording.loop_lag)]
     lag = [0.0, *(seconds for _, seconds in recording.loop_lag)]
@@ -296,9 +296,7 @@ def _draw_lag(axes: Axes, recording: Recording, top: float) -> None:
 
 
 # What each curve is called on its axis, how high it reaches, and who draws it.
-_CURVES: dict[
-    Curve, tuple[str, Callable[[Recording], float], Callable[[Axes, Recording, Any], None]]
-]
+_CURVES: dict[Curve, tuple[str, Callable[[Run], float], Callable[[Axes, Run, Any], None]]]
 _CURVES = {
     "connections": ("connections", _most_connections, _draw_pool),
     "requests": ("requests", _most_requests, _draw_requests),
@@ -307,7 +305,7 @@ _CURVES = {
     "loop lag": ("loop lag, s", _longest_lag, _draw_lag),
 }
 # What a picture of that curve says beyond the recording's summary, for who cannot see it.
-_ALTERNATIVES: dict[Curve, Callable[[Recording], str]] = {
+_ALTERNATIVES: dict[Curve, Callable[[Run], str]] = {
     "connections": lambda one: "",
     "requests": lambda one: "",
     "memory": lambda one: (
@@ -342,7 +340,7 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]], top: float, ga
 class LivePicture:
     """The picture of a run that is still going on, in a notebook."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Run) -> None:
         from IPython.display import DisplayHandle
 
         self._recording = recording
@@ -383,7 +381,7 @@ class LivePicture:
             self._shown = True
 
 
-def draw_waits(recording: Recording) -> Picture:
+def draw_waits(recording: Run) -> Picture:
     """The wait-for graph of the first deadlock: who holds each connection, and what the holder waits for."""
     if not recording.deadlocks:
         raise ValueError(f"no wait-for graph: no deadlock was seen in {recording.title!r}")

@@ -14,9 +14,8 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_cursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
-from ormscope.internals import awaited_future
 from ormscope.places import is_user_code, place
-from ormscope.stacks import sleeping_frames
+from ormscope.stacks import is_sleeping, sleeping_frames
 
 LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _LOOK_SECONDS = 0.02
@@ -104,7 +103,7 @@ async def _watch(noted: Evidence) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
         sleep_at, queue_at, sharing = [], [], 0
         for task in asyncio.all_tasks():
-            if awaited_future(task) is None:
+            if not is_sleeping(task):
                 continue
             frames = sleeping_frames(task)
             callers = [one for one in frames if not one.f_code.co_filename.startswith(_ASYNCIO)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import workshop
 from ormscope.lab import Recording, observe
 from ormscope.lab.observe import UnsendableError
-from ormscope.lab.recording import Curve
+from ormscope.lab.run import Curve
 from workshop import exercises
 from workshop.checks.catalogue import misconceptions
 from workshop.checks.evidence import LOAD_SECONDS
