@@ -140,7 +140,7 @@ class SessionCensus:
         if not self.alive and not self.sessions:
             return "\n".join(blind or ["0 objects alive"])
         lines = [f"{self.alive.total():,} objects alive, kept by"] if self.alive else []
-        lines += [f"  {one}" for one in self.keepers]
+        lines += [f"  {keeper}" for keeper in self.keepers]
         if self.sessions:
             lines.append(f"{self.sessions:,} scoped sessions kept for tasks that have ended")
         return "\n".join([*lines, *blind])
@@ -218,7 +218,9 @@ class _Types:
             # A class may define a property of this name, too.
             found = (_attributes(base).get("__dict__") for base in _bases(type(value)))
             own = (GetSetDescriptorType, MemberDescriptorType)
-            self.getters[id(type(value))] = next((one for one in found if type(one) in own), None)
+            self.getters[id(type(value))] = next(
+                (value for value in found if type(value) in own), None
+            )
         getter = self.getters[id(type(value))]
         attributes = None if getter is None else getter.__get__(value)
         return attributes if type(attributes) is dict else {}
@@ -365,7 +367,9 @@ class _Search:
 
     def _search(self) -> set[int]:
         """Find the roots, level by level, until each object has one; the nodes above which it has not looked."""
-        self._nodes.update((id(one), one) for one in self.counted if id(one) not in self._found)
+        self._nodes.update(
+            (id(counted), counted) for counted in self.counted if id(counted) not in self._found
+        )
         frontier = set(self._nodes)
         seen = set(frontier)
         for _ in range(_MOST_LEVELS):
@@ -550,7 +554,9 @@ class _Search:
             for held in self._keeps.get(holder, ())
         )
         # The best that can be said comes first.
-        self._look_down([one for one in labels if one[1].kind not in ("unknown", "collection")])
+        self._look_down(
+            [label for label in labels if label[1].kind not in ("unknown", "collection")]
+        )
         self._look_down(
             (key, _Root("variable", _variable(frame, name, self._nodes[key])))
             for key, (frame, name) in self._library_variables.items()
@@ -656,7 +662,11 @@ def _key(value: Any, namespace: dict[str, Any]) -> str | None:
 def _container(held: Any) -> str:
     containers = (list, tuple, set, dict, deque)
     kind = type(held)
-    return f" (a {_name(kind)})" if any(_is_subclass(one, kind) for one in containers) else ""
+    return (
+        f" (a {_name(kind)})"
+        if any(_is_subclass(container, kind) for container in containers)
+        else ""
+    )
 
 
 def _variable(frame: FrameType, name: str, held: Any) -> str:

@@ -62,7 +62,7 @@ class PoolCollector(Collector):
     def __init__(
         self, *pools: PoolScope, loop: LoopScope | None = None, lag_window: float = 60.0
     ) -> None:
-        names = [one.name for one in pools]
+        names = [scope.name for scope in pools]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"two pools have the same name in {names}; name them: PoolScope(engine, 'orders')"
@@ -71,7 +71,7 @@ class PoolCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment; may be called from any thread, also while the event loop is blocked."""
-        numbers = {one.name: _numbers(one) for one in self._pools}
+        numbers = {scope.name: _numbers(scope) for scope in self._pools}
         for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for metric, about in metrics.items():
                 family = kind(f"sqlalchemy_pool_{metric}", about, labels=["pool"])
@@ -95,12 +95,12 @@ class PoolCollector(Collector):
             "What the pool suffers from: 1 for its cause, 0 for all others.",
             labels=["pool", "cause"],
         )
-        for one in self._pools:
-            waits.add_metric([one.name], _buckets(one.waits), one.waits.total)
-            holds.add_metric([one.name], _buckets(one.holds), one.holds.total)
-            found = one.cause()
+        for scope in self._pools:
+            waits.add_metric([scope.name], _buckets(scope.waits), scope.waits.total)
+            holds.add_metric([scope.name], _buckets(scope.holds), scope.holds.total)
+            found = scope.cause()
             for cause in get_args(Cause):
-                verdicts.add_metric([one.name, cause], cause == found)
+                verdicts.add_metric([scope.name, cause], cause == found)
         yield from (waits, holds, verdicts)
         if self._loop is not None:
             yield GaugeMetricFamily(

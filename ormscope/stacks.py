@@ -100,7 +100,7 @@ def calling_frames() -> list[FrameType]:
     """
     me = threading.get_ident()
     frames = [*reversed(_down_from(_caller()))]
-    for ident in [one for one in sys._current_frames() if one != me]:
+    for ident in [ident for ident in sys._current_frames() if ident != me]:
         frames += reversed(_down_from(sys._current_frames().get(ident)))
     waiting = greenlet.getcurrent().parent
     while waiting is not None:
@@ -182,7 +182,7 @@ def awaited_step(step: Any) -> Any:
     if isinstance(step, _STEPS):
         return _first(step, _AWAITED)
     # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
-    return next((one for one in gc.get_referents(step) if isinstance(one, _STEPS)), None)
+    return next((held for held in gc.get_referents(step) if isinstance(held, _STEPS)), None)
 
 
 def frame_of(step: Any) -> FrameType | None:

@@ -25,10 +25,10 @@ def users_traceback(error: BaseException) -> list[str]:
 
 
 def _trim(report: traceback.TracebackException) -> None:
-    frames = [one for one in report.stack if is_user_code(one.filename)]
-    for one in frames:
-        if is_cell(one.filename):
-            one.filename = "Cell"
+    frames = [frame for frame in report.stack if is_user_code(frame.filename)]
+    for frame in frames:
+        if is_cell(frame.filename):
+            frame.filename = "Cell"
     report.stack[:] = frames
     for other in (report.__cause__, report.__context__, *(report.exceptions or ())):
         if other is not None:

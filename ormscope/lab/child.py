@@ -121,7 +121,9 @@ class Reporter:
                     "name": scope.name,
                     "capacity": scope.capacity,
                     "samples": [(at - self._start, *counts) for at, *counts in samples],
-                    "deadlocks": [replace(one, at=one.at - self._start) for one in proved],
+                    "deadlocks": [
+                        replace(verdict, at=verdict.at - self._start) for verdict in proved
+                    ],
                     "trouble": trouble and replace(trouble, at=trouble.at - self._start),
                     "last": last and replace(last, at=last.at - self._start),
                     "timeouts": scope.timeouts,

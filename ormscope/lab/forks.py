@@ -53,12 +53,12 @@ class Forked:
         try:
             self.pid = server.fork(theirs)
         except OSError:
-            for one in ours:
-                os.close(one)
+            for descriptor in ours:
+                os.close(descriptor)
             raise
         finally:
-            for one in theirs:
-                os.close(one)
+            for descriptor in theirs:
+                os.close(descriptor)
         self.stdin: BinaryIO = os.fdopen(ours[0], "wb")
         self.stdout: BinaryIO = os.fdopen(ours[1], "rb")
         self.stderr: BinaryIO = os.fdopen(ours[2], "rb")

@@ -1,4 +1,4 @@
-"""Pictures of recordings: one look, one meaning for each colour, labels beside the curves, a text alternative."""
+"""Pictures of runs: one look, one meaning for each colour, labels beside the curves, a text alternative."""
 
 from __future__ import annotations
 
@@ -90,58 +90,58 @@ def look() -> Any:
     return matplotlib.style.context(STYLE)
 
 
-def draw(*recordings: Run, titles: Sequence[str] | None = None) -> Picture:
-    """The curves of one recording, or of several side by side on the same axes."""
-    names = list(titles or [one.title for one in recordings])
-    curves = recordings[0].curves
+def draw(*runs: Run, titles: Sequence[str] | None = None) -> Picture:
+    """The curves of one run, or of several side by side on the same axes."""
+    names = list(titles or [run.title for run in runs])
+    curves = runs[0].curves
     with look():
         # Fixed margins, with room for the labels: the axes must not jump while a run is drawn live.
-        figure = Figure(figsize=(10, 4.6 + 0.4 * (len(recordings) > 1)))
+        figure = Figure(figsize=(10, 4.6 + 0.4 * (len(runs) > 1)))
         figure.subplots_adjust(0.1, 0.13, 0.82, 0.91, wspace=0.62, hspace=0.16)
         grid = figure.subplots(
             len(curves),
-            len(recordings),
+            len(runs),
             sharex=True,
             sharey="row",
             squeeze=False,
             height_ratios=[3, *[2] * (len(curves) - 1)],
         )
-        seconds = max(max(one.seconds, 0.05) * 1.02 for one in recordings)
+        seconds = max(max(run.seconds, 0.05) * 1.02 for run in runs)
         for row, curve in zip(grid, curves, strict=True):
             unit, highest, draw_curve = _CURVES[curve]
-            top = max(highest(one) for one in recordings)
+            top = max(highest(run) for run in runs)
             row[0].set_ylabel(unit)
-            for axes, recording in zip(row, recordings, strict=True):
-                draw_curve(axes, recording, top)
+            for axes, run in zip(row, runs, strict=True):
+                draw_curve(axes, run, top)
         for column, name in enumerate(names):
             grid[0][column].set_title(name)
             grid[-1][column].set_xlim(0, seconds)
             grid[-1][column].set_xlabel("seconds since the start")
             # Fewer marks where pictures stand side by side, or their numbers would run into one another.
             grid[-1][column].xaxis.set_major_locator(
-                MaxNLocator(8 // len(recordings), steps=[1, 2, 5, 10])
+                MaxNLocator(8 // len(runs), steps=[1, 2, 5, 10])
             )
         figure.align_ylabels()
     alternative = "\n".join(
         " ".join(
-            filter(None, [f"{name}.", one.summary(), *(_ALTERNATIVES[it](one) for it in curves)])
+            filter(None, [f"{name}.", run.summary(), *(_ALTERNATIVES[it](run) for it in curves)])
         )
-        for name, one in zip(names, recordings, strict=True)
+        for name, run in zip(names, runs, strict=True)
     )
     return Picture(figure, " | ".join(names), alternative)
 
 
-def _most_connections(recording: Run) -> int:
-    return max((max(one.capacity or 0, one.most_checked_out) for one in recording.pools), default=1)
+def _most_connections(run: Run) -> int:
+    return max((max(curve.capacity or 0, curve.most_checked_out) for curve in run.pools), default=1)
 
 
-def _most_requests(recording: Run) -> int:
-    return max([recording.announced, 1, *(one.most_waiting for one in recording.pools)])
+def _most_requests(run: Run) -> int:
+    return max([run.announced, 1, *(curve.most_waiting for curve in run.pools)])
 
 
 def _steps(curve: PoolCurve, until: float) -> tuple[list[float], list[int]]:
-    times = [0.0, *(one.time for one in curve.samples), until]
-    checked_out = [0, *(one.checked_out for one in curve.samples)]
+    times = [0.0, *(sample.time for sample in curve.samples), until]
+    checked_out = [0, *(sample.checked_out for sample in curve.samples)]
     return _thinned(times, [*checked_out, checked_out[-1]])
 
 
@@ -162,12 +162,12 @@ def _thinned(times: list[float], values: list[int]) -> tuple[list[float], list[i
     return [times[at] for at in kept], [values[at] for at in kept]
 
 
-def _draw_pool(axes: Axes, recording: Run, top: int) -> None:
+def _draw_pool(axes: Axes, run: Run, top: int) -> None:
     """Connections checked out over time: the first pool filled, further pools as broken lines."""
     labels: list[tuple[float, str, str]] = []
-    for number, curve in enumerate(recording.pools):
-        times, checked_out = _steps(curve, recording.seconds)
-        alone = len(recording.pools) == 1
+    for number, curve in enumerate(run.pools):
+        times, checked_out = _steps(curve, run.seconds)
+        alone = len(run.pools) == 1
         line = ("-", "--", ":")[number % 3]
         axes.step(times, checked_out, where="post", color=CHECKED_OUT, linestyle=line, zorder=3)
         if number == 0:
@@ -182,11 +182,11 @@ def _draw_pool(axes: Axes, recording: Run, top: int) -> None:
             else:
                 out += f" of {curve.capacity}"
         labels.append((checked_out[-1], out, CHECKED_OUT))
-    for verdict in recording.deadlocks[:1]:
+    for verdict in run.deadlocks[:1]:
         axes.axvline(verdict.at, color=WAITING, linewidth=1.6)
-        late = verdict.at > recording.seconds * 0.6
+        late = verdict.at > run.seconds * 0.6
         axes.annotate(
-            "deadlock proved" if len(recording.pools) == 1 else f"deadlock\nin {verdict.pool}",
+            "deadlock proved" if len(run.pools) == 1 else f"deadlock\nin {verdict.pool}",
             (verdict.at, top * 0.5),
             xytext=(-6 if late else 6, 0),
             textcoords="offset points",
@@ -199,29 +199,29 @@ def _draw_pool(axes: Axes, recording: Run, top: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _draw_requests(axes: Axes, recording: Run, top: int) -> None:
+def _draw_requests(axes: Axes, run: Run, top: int) -> None:
     """Tasks waiting for a connection, requests completed and failed, over time."""
     lines: list[tuple[str, str, list[float], list[int]]] = []
-    if recording.pools:
+    if run.pools:
         changes = sorted(
-            (one.time, number, one.waiting)
-            for number, curve in enumerate(recording.pools)
-            for one in curve.samples
+            (sample.time, number, sample.waiting)
+            for number, curve in enumerate(run.pools)
+            for sample in curve.samples
         )
-        now, times, waiting = [0] * len(recording.pools), [0.0], [0]
+        now, times, waiting = [0] * len(run.pools), [0.0], [0]
         for moment, number, value in changes:
             now[number] = value
             times.append(moment)
             waiting.append(sum(now))
         lines.append(("waiting", WAITING, times, waiting))
-    if recording.announced:
-        done = sorted((one.end, one.outcome == "ok") for one in recording.requests)
+    if run.announced:
+        done = sorted((request.end, request.outcome == "ok") for request in run.requests)
         for name, color, good in (("completed", COMPLETED, True), ("failed", FAILED, False)):
             ends = [end for end, ok in done if ok is good]
             if ends or good:
                 lines.append((name, color, [0.0, *ends], list(range(len(ends) + 1))))
     for _, color, times, values in lines:
-        steps = _thinned([*times, recording.seconds], [*values, values[-1]])
+        steps = _thinned([*times, run.seconds], [*values, values[-1]])
         axes.step(*steps, where="post", color=color)
     axes.set_ylim(0, top * 1.12)
     _label_ends(
@@ -233,22 +233,22 @@ def _draw_requests(axes: Axes, recording: Run, top: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _most_memory(recording: Run) -> float:
-    return max(recording.extra_memory, recording.memory_limit or 0.0, 8.0)
+def _most_memory(run: Run) -> float:
+    return max(run.extra_memory, run.memory_limit or 0.0, 8.0)
 
 
-def _draw_memory(axes: Axes, recording: Run, top: float) -> None:
+def _draw_memory(axes: Axes, run: Run, top: float) -> None:
     """Resident memory beyond that at the start, and the limit that ends the run."""
-    first = recording.memory[0].mebibytes if recording.memory else 0.0
-    times = [0.0, *(one.time for one in recording.memory)]
-    extra = [0.0, *(one.mebibytes - first for one in recording.memory)]
+    first = run.memory[0].mebibytes if run.memory else 0.0
+    times = [0.0, *(sample.time for sample in run.memory)]
+    extra = [0.0, *(sample.mebibytes - first for sample in run.memory)]
     axes.plot(times, extra, color=MEMORY, zorder=3)
     axes.fill_between(times, extra, color=MEMORY, alpha=0.25, linewidth=0)
     labels = [(extra[-1], f"{extra[-1]:.0f} MiB", CAPACITY)]
-    if recording.memory_limit is not None:
-        axes.axhline(recording.memory_limit, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
-        labels.append((recording.memory_limit, f"limit {recording.memory_limit:g} MiB", FAILED))
-    if recording.ended == "memory limit":
+    if run.memory_limit is not None:
+        axes.axhline(run.memory_limit, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
+        labels.append((run.memory_limit, f"limit {run.memory_limit:g} MiB", FAILED))
+    if run.ended == "memory limit":
         axes.plot(times[-1:], extra[-1:], "X", color=FAILED, markersize=13, zorder=4)
         labels[0] = (extra[-1], "killed", FAILED)
     elif max(extra) > 1.3 * extra[-1] + 8:
@@ -258,14 +258,14 @@ def _draw_memory(axes: Axes, recording: Run, top: float) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _most_objects(recording: Run) -> float:
-    return max(recording.most_objects, 10)
+def _most_objects(run: Run) -> float:
+    return max(run.most_objects, 10)
 
 
-def _draw_objects(axes: Axes, recording: Run, top: float) -> None:
+def _draw_objects(axes: Axes, run: Run, top: float) -> None:
     """Objects alive in the identity maps."""
-    times = [0.0, *(one.time for one in recording.objects), recording.seconds]
-    alive = [0, *(one.alive for one in recording.objects)]
+    times = [0.0, *(sample.time for sample in run.objects), run.seconds]
+    alive = [0, *(sample.alive for sample in run.objects)]
     axes.step(times, [*alive, alive[-1]], where="post", color=OBJECTS)
     labels = [(float(alive[-1]), f"{_thousands(alive[-1])} objects", OBJECTS)]
     if max(alive) > 1.3 * alive[-1]:
@@ -281,14 +281,14 @@ def _thousands(value: float) -> str:
     return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
 
 
-def _longest_lag(recording: Run) -> float:
-    return max(recording.longest_lag, 0.05)
+def _longest_lag(run: Run) -> float:
+    return max(run.longest_lag, 0.05)
 
 
-def _draw_lag(axes: Axes, recording: Run, top: float) -> None:
+def _draw_lag(axes: Axes, run: Run, top: float) -> None:
     """How late the event loop was, as seen 20 times a second."""
-    times = [0.0, *(at for at, _ in recording.loop_lag)]
-    lag = [0.0, *(seconds for _, seconds in recording.loop_lag)]
+    times = [0.0, *(at for at, _ in run.loop_lag)]
+    lag = [0.0, *(seconds for _, seconds in run.loop_lag)]
     axes.step(times, lag, where="pre", color=LOOP_LAG)
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, [(max(lag), f"longest {max(lag):.2f} s", CAPACITY)], top, gap=0.2)
@@ -306,17 +306,17 @@ _CURVES = {
 }
 # What a picture of that curve says beyond the recording's summary, for who cannot see it.
 _ALTERNATIVES: dict[Curve, Callable[[Run], str]] = {
-    "connections": lambda one: "",
-    "requests": lambda one: "",
-    "memory": lambda one: (
-        f"Memory rose by up to {one.extra_memory:.0f} MiB and stood {one.kept_memory:.0f} MiB above the start"
-        f" at the end, after {one.seconds:.1f} s."
+    "connections": lambda run: "",
+    "requests": lambda run: "",
+    "memory": lambda run: (
+        f"Memory rose by up to {run.extra_memory:.0f} MiB and stood {run.kept_memory:.0f} MiB above the start"
+        f" at the end, after {run.seconds:.1f} s."
     ),
-    "objects": lambda one: (
-        f"Up to {one.most_objects:,} objects were alive in identity maps,"
-        f" {one.objects[-1].alive if one.objects else 0:,} at the end."
+    "objects": lambda run: (
+        f"Up to {run.most_objects:,} objects were alive in identity maps,"
+        f" {run.objects[-1].alive if run.objects else 0:,} at the end."
     ),
-    "loop lag": lambda one: f"The event loop was up to {one.longest_lag:.2f} s late.",
+    "loop lag": lambda run: f"The event loop was up to {run.longest_lag:.2f} s late.",
 }
 
 
@@ -340,10 +340,10 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]], top: float, ga
 class LivePicture:
     """The picture of a run that is still going on, in a notebook."""
 
-    def __init__(self, recording: Run) -> None:
+    def __init__(self, run: Run) -> None:
         from IPython.display import DisplayHandle
 
-        self._recording = recording
+        self._run = run
         self._handle = DisplayHandle()
         self._events = 0
         self._cost = 0.0
@@ -353,8 +353,8 @@ class LivePicture:
     def draw_if_due(self) -> None:
         """Draw, unless the last drawing was so recent that one more would disturb what is measured."""
         now = time.monotonic()
-        events = sum(len(pool.samples) for pool in self._recording.pools)
-        events += len(self._recording.objects)
+        events = sum(len(pool.samples) for pool in self._run.pools)
+        events += len(self._run.objects)
         if events != self._events:
             self._events, self._moved = events, now
         if now - self._moved > _STANDING_AFTER:
@@ -373,7 +373,7 @@ class LivePicture:
         self._show(_FINAL_DPI)
 
     def _show(self, dpi: int) -> None:
-        data, metadata = draw(self._recording).bundle(dpi)
+        data, metadata = draw(self._run).bundle(dpi)
         if self._shown:
             self._handle.update(data, raw=True, metadata=metadata)
         else:
@@ -381,16 +381,16 @@ class LivePicture:
             self._shown = True
 
 
-def draw_waits(recording: Run) -> Picture:
+def draw_waits(run: Run) -> Picture:
     """The wait-for graph of the first deadlock: who holds each connection, and what the holder waits for."""
-    if not recording.deadlocks:
-        raise ValueError(f"no wait-for graph: no deadlock was seen in {recording.title!r}")
-    verdict = recording.deadlocks[0]
-    holding = sorted(verdict.holding, key=lambda one: _natural(one.owner))
+    if not run.deadlocks:
+        raise ValueError(f"no wait-for graph: no deadlock was seen in {run.title!r}")
+    verdict = run.deadlocks[0]
+    holding = sorted(verdict.holding, key=lambda holder: _natural(holder.owner))
     others = len(verdict.waiting) - sum(
-        one.waits is not None and one.waits.pool == verdict.pool for one in holding
+        holder.waits is not None and holder.waits.pool == verdict.pool for holder in holding
     )
-    locked_out = [one.in_server for one in holding if one.in_server is not None]
+    locked_out = [holder.in_server for holder in holding if holder.in_server is not None]
     font = 12 if len(holding) <= 24 else 8
     with look():
         figure = new_figure(10, 5.6)
@@ -399,14 +399,14 @@ def draw_waits(recording: Run) -> Picture:
         axes.set_xlim(-3.05, 1.55)
         axes.set_ylim(-1.25, 1.25)
         axes.set_aspect("equal")
-        for number, one in enumerate(holding):
+        for number, holder in enumerate(holding):
             angle = math.pi / 2 - 2 * math.pi * number / len(holding)
             x, y = math.cos(angle), math.sin(angle)
             _arrow(axes, (0.4 * x, 0.4 * y), (0.97 * x, 0.97 * y), CHECKED_OUT, "-")
             _arrow(axes, (0.97 * x, 0.97 * y), (0.4 * x, 0.4 * y), WAITING, "--")
             axes.plot([x], [y], "o", color=CHECKED_OUT, markersize=font)
             axes.annotate(
-                one.owner,
+                holder.owner,
                 (1.08 * x, 1.08 * y),
                 ha="left" if x > 0.05 else "right" if x < -0.05 else "center",
                 va="bottom" if y > 0.95 else "top" if y < -0.95 else "center",
@@ -423,13 +423,13 @@ def draw_waits(recording: Run) -> Picture:
             ("holds a connection,\n" + _mostly("taken in", holding), CHECKED_OUT, 0.75),
             (
                 "waits for one more,\n"
-                + _mostly("asked for in", [one.waits for one in holding if one.waits]),
+                + _mostly("asked for in", [holder.waits for holder in holding if holder.waits]),
                 WAITING,
                 0.2,
             ),
         ]
         if locked_out:
-            line = Counter(one.short for one in locked_out).most_common(1)[0][0]
+            line = Counter(place.short for place in locked_out).most_common(1)[0][0]
             notes[1] = (f"{notes[1][0]},\nor for a lock in the server, in {line}", WAITING, 0.2)
         if others:
             notes.append((f"{others} more in line,\nholding nothing", "#444444", -0.75))
@@ -446,9 +446,9 @@ def draw_waits(recording: Run) -> Picture:
     return Picture(figure, "who waits for whom", alternative)
 
 
-def _mostly(verb: str, ones: Sequence[Holding | Waiting]) -> str:
+def _mostly(verb: str, entries: Sequence[Holding | Waiting]) -> str:
     """The source line that most of them come from."""
-    places = Counter(one.places[0].short for one in ones if one.places)
+    places = Counter(entry.places[0].short for entry in entries if entry.places)
     return f"{verb} {places.most_common(1)[0][0]}" if places else f"{verb} no line of yours"
 
 

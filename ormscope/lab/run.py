@@ -47,24 +47,24 @@ class PoolCurve:
     @property
     def most_checked_out(self) -> int:
         """The highest point of the curve of connections checked out."""
-        return max((one.checked_out for one in self.samples), default=0)
+        return max((sample.checked_out for sample in self.samples), default=0)
 
     @property
     def most_waiting(self) -> int:
         """The highest point of the curve of tasks waiting."""
-        return max((one.waiting for one in self.samples), default=0)
+        return max((sample.waiting for sample in self.samples), default=0)
 
     @property
     def mean_checked_out(self) -> float:
         """Connections checked out on average, from the first change of the curve to the last."""
         pairs = list(pairwise(self.samples))
-        area = sum(one.checked_out * (after.time - one.time) for one, after in pairs)
+        area = sum(sample.checked_out * (after.time - sample.time) for sample, after in pairs)
         return area / (self.samples[-1].time - self.samples[0].time) if pairs else 0.0
 
     @property
     def filled_at(self) -> float | None:
         """When the last free connection was taken for the first time, in seconds; None if that never happened."""
-        times = (one.time for one in self.samples if one.checked_out == self.capacity)
+        times = (sample.time for sample in self.samples if sample.checked_out == self.capacity)
         return next(times, None)
 
 
@@ -96,7 +96,7 @@ class Run:
     @property
     def outcomes(self) -> Counter[str]:
         """How many requests ended how: "ok", or the name of an exception's class."""
-        return Counter(one.outcome for one in self.requests)
+        return Counter(request.outcome for request in self.requests)
 
     @property
     def completed(self) -> int:
@@ -109,8 +109,8 @@ class Run:
         if not self.requests:
             return 0.0
         started, ended = (
-            min(one.start for one in self.requests),
-            max(one.end for one in self.requests),
+            min(request.start for request in self.requests),
+            max(request.end for request in self.requests),
         )
         return self.completed / max(ended - started, 1e-9)
 
@@ -122,7 +122,7 @@ class Run:
     @property
     def slowest(self) -> float:
         """The longest time that a request took from its start to its end, however it ended, in seconds."""
-        return max((one.end - one.start for one in self.requests), default=0.0)
+        return max((request.end - request.start for request in self.requests), default=0.0)
 
     @property
     def timeouts(self) -> int:
@@ -134,7 +134,7 @@ class Run:
         """The highest resident memory beyond that at the start, in MiB."""
         if not self.memory:
             return 0.0
-        return max(one.mebibytes for one in self.memory) - self.memory[0].mebibytes
+        return max(sample.mebibytes for sample in self.memory) - self.memory[0].mebibytes
 
     @property
     def kept_memory(self) -> float:
@@ -144,7 +144,7 @@ class Run:
     @property
     def most_objects(self) -> int:
         """The most objects alive in identity maps, as seen 20 times a second."""
-        return max((one.alive for one in self.objects), default=0)
+        return max((sample.alive for sample in self.objects), default=0)
 
     @property
     def longest_lag(self) -> float:
@@ -155,7 +155,8 @@ class Run:
     def deadlocks(self) -> list[Verdict]:
         """Each deadlock that was proved, in the order of time."""
         return sorted(
-            (one for pool in self.pools for one in pool.deadlocks), key=lambda one: one.at
+            (verdict for pool in self.pools for verdict in pool.deadlocks),
+            key=lambda verdict: verdict.at,
         )
 
     def verdict(self) -> Verdict:
@@ -165,16 +166,19 @@ class Run:
         """
         if self.deadlocks:
             return self.deadlocks[0]
-        troubles = [one for pool in self.pools for one in pool.troubles]
+        troubles = [verdict for pool in self.pools for verdict in pool.troubles]
         if troubles:
-            return min(troubles, key=lambda one: one.at)
+            return min(troubles, key=lambda verdict: verdict.at)
         verdicts = [pool.last for pool in self.pools if pool.last is not None]
         if not verdicts:
             raise ValueError(
                 f"no verdict: {self.title!r} used no connection pool, or died before it could tell"
             )
         order = ("leaked", "unknown", "saturated", "healthy")
-        return min(verdicts, key=lambda one: order.index(one.cause) if one.cause in order else -1)
+        return min(
+            verdicts,
+            key=lambda verdict: order.index(verdict.cause) if verdict.cause in order else -1,
+        )
 
     def summary(self) -> str:
         """The picture in words: peaks, ends and outcomes, one line each; no times, so every run reads the same."""

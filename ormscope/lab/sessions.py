@@ -26,4 +26,4 @@ def _note(session: Session, *rest: Any) -> None:
 def objects_alive() -> int:
     """Objects in the identity maps of all sessions that were noted; callable from any thread."""
     sessions = [reference() for reference in list(_sessions.values())]
-    return sum(len(one.identity_map) for one in sessions if one is not None)
+    return sum(len(session.identity_map) for session in sessions if session is not None)

@@ -85,4 +85,4 @@ async def storm(
             await asyncio.gather(
                 *(loop.run_in_executor(executor, run_thread, number) for number in range(count))
             )
-    return Counter(one.outcome for one in ended)
+    return Counter(request.outcome for request in ended)
