@@ -23,7 +23,6 @@ from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
-_KEPT_OWNERS = 1000
 # A thread that has asked for so long is in the queue, whatever it saw before.
 _CERTAIN_SECONDS = 0.005
 
@@ -168,7 +167,6 @@ class Ledger:
         # Whose last wait ended in a timeout.
         self.timed_out: weakref.WeakSet[TaskOrThread] = weakref.WeakSet()
         self._has_timed_out = False  # a WeakSet is slow to say
-        self._owners: dict[int, Owner] = {}
         self._queue_lengths: Counter[int] = Counter()  # by the pool's id
         self._unseen = self.checked_out
         self._taken: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
@@ -233,7 +231,7 @@ class Ledger:
         who, now, counts = current(), time.perf_counter(), self.counts
         waiter = self.waiters.pop(who, None) if self.waiters else None
         waited = 0.0 if waiter is None else now - waiter.since
-        owner = self._owner(who)
+        owner = Owner(who)
         frames = calling_places() if waiter is None else waiter.frames
         holder = Holder(owner, now, frames, pool, record)
         key = owner.key
@@ -321,7 +319,7 @@ class Ledger:
                 holder.users, holder.is_lost = None, False
             who = current()
             if holder.last_user.subject is not who:
-                holder.last_user = self._owner(who)
+                holder.last_user = Owner(who)
 
     def statement_ends(self, context: ExecutionContext | None) -> None:
         """The server has answered, or will not."""
@@ -355,16 +353,6 @@ class Ledger:
     def _holder_of(self, context: ExecutionContext | None) -> Holder | None:
         record = None if context is None else record_of_statement(context)
         return None if record is None else self.holders.get(record)
-
-    def _owner(self, who: TaskOrThread) -> Owner:
-        """The same for all that a task or thread does in a row."""
-        key = id(who)
-        owner = self._owners.get(key)
-        if owner is None or owner.subject is not who:
-            if len(self._owners) >= _KEPT_OWNERS:
-                self._owners.clear()
-            owner = self._owners[key] = Owner(who)
-        return owner
 
     def _leaves_queue(self, waiter: Waiter) -> None:
         if waiter.in_queue:

@@ -82,6 +82,12 @@ def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
     return tuple((frame.f_code, frame.f_lineno) for frame in islice(own, _MOST_FRAMES))
 
 
+_MOST_KNOWN = 1_000
+# What `calling_places` has returned, by the ids of the code objects, which are kept by it, and the lines. The same
+# tuple for the same places: else each of thousands in line would keep several for the garbage collector to look at.
+_known: dict[tuple[int, ...], tuple[RawPlace, ...]] = {}
+
+
 def calling_places() -> tuple[RawPlace, ...]:
     """The frames of the user's code that led here, innermost first, at most six.
 
@@ -89,18 +95,27 @@ def calling_places() -> tuple[RawPlace, ...]:
     awaits it stands on the stack of the parent greenlet. Each frame that is looked at costs, and in the greenlet
     the user has code only by `run_sync`.
     """
-    frames: list[RawPlace] = []
+    frames: list[FrameType] = []
     parent = greenlet.getcurrent().parent
     if parent is None:
-        _add_places(sys._getframe(1), frames)
-        return tuple(frames)
-    if _comes_from_run_sync(parent.gr_frame):
-        _add_places(sys._getframe(1), frames)
-    while parent is not None and len(frames) < _MOST_FRAMES:
-        if _add_places(parent.gr_frame, frames):
-            break
-        parent = parent.parent
-    return tuple(frames)
+        _add_users(sys._getframe(1), frames)
+    else:
+        if _comes_from_run_sync(parent.gr_frame):
+            _add_users(sys._getframe(1), frames)
+        while parent is not None and len(frames) < _MOST_FRAMES:
+            if _add_users(parent.gr_frame, frames):
+                break
+            parent = parent.parent
+    key: list[int] = []
+    for frame in frames:
+        key += (id(frame.f_code), frame.f_lineno)
+    found = _known.get(tuple(key))
+    if found is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = tuple((frame.f_code, frame.f_lineno) for frame in frames)
+        _known[tuple(key)] = found
+    return found
 
 
 def _comes_from_run_sync(frame: FrameType | None) -> bool:
@@ -109,7 +124,7 @@ def _comes_from_run_sync(frame: FrameType | None) -> bool:
     return caller is not None and caller.f_code.co_name == "run_sync"
 
 
-def _add_places(frame: FrameType | None, frames: list[RawPlace]) -> bool:
+def _add_users(frame: FrameType | None, frames: list[FrameType]) -> bool:
     """Add the user's frames of a stack; whether the loop was reached: below it is whoever started it."""
     while frame is not None and len(frames) < _MOST_FRAMES:
         code = frame.f_code
@@ -117,7 +132,7 @@ def _add_places(frame: FrameType | None, frames: list[RawPlace]) -> bool:
         if user is None:
             user = is_user_code(code.co_filename)
         if user and (code.co_filename != "<string>" or is_users(frame)):
-            frames.append((code, frame.f_lineno))
+            frames.append(frame)
         elif code is LOOP_STEP:
             return True
         frame = frame.f_back

@@ -8,7 +8,7 @@ import sqlite3
 import time
 import tracemalloc
 
-from helpers import SELECT, run
+from helpers import SELECT, run, until
 from random_systems import connect_to_nothing
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -63,6 +63,22 @@ def test_a_checkout_costs_little_more_with_a_scope() -> None:
 
     without, with_scope = run(main())
     assert with_scope / without < MOST_CPU, f"{(with_scope - without) * 1e6:.0f} µs a checkout"
+
+
+def test_those_in_line_share_the_places_where_they_asked() -> None:
+    """Tuples of their own for thousands in line make the garbage collector look at the whole heap more often."""
+
+    async def main() -> set[int]:
+        engine = engine_of_nothing()
+        scope = PoolScope(engine)
+        tasks = [asyncio.create_task(storm(engine)) for _ in range(2)]
+        await until(lambda: len(scope.waiters) > TASKS)
+        places = {id(waiter.frames) for waiter in scope.waiters}
+        await asyncio.gather(*tasks)
+        await engine.dispose()
+        return places
+
+    assert len(run(main())) == 1
 
 
 def check_out(engine: Engine, times: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import gc
 import itertools
 import os
 import statistics
@@ -21,9 +22,15 @@ from pathlib import Path
 import nbformat
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
 from nbclient import NotebookClient
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 
+from ormscope import PoolScope
 from ormscope.lab import MemoryScope, Recording, observe, storm
 from ormscope.lab.storm import log
 from workshop.database import start_server
@@ -34,6 +41,7 @@ REQUESTS = 6_000
 PAIRS = 9
 DEADLOCKS = 20
 BATCH = 1_000
+CHECKOUTS = 5_000  # in one storm
 ROUNDS = 3  # of what lasts long enough to be measured well at once
 
 Sessions = async_sessionmaker[AsyncSession]
@@ -86,7 +94,7 @@ def _observed(url: str) -> float:
     )
     notebook = nbformat.v4.new_notebook(cells=[cell])
     NotebookClient(notebook, kernel_name=NATIVE_KERNEL_NAME, timeout=300).execute()
-    texts = [one.text for one in notebook.cells[0].outputs if one.output_type == "stream"]
+    texts = [output.text for output in notebook.cells[0].outputs if output.output_type == "stream"]
     return float(texts[-1])
 
 
@@ -101,6 +109,44 @@ def _detection(url: str) -> float:
         and after.time <= verdict.at
     ]
     return verdict.at - full[-1]
+
+
+async def _check_out(engine: AsyncEngine, tasks: int) -> tuple[float, float]:
+    """A saturated storm of the smallest statement: checkouts per second, and CPU microseconds for each."""
+
+    async def work() -> None:
+        for _ in range(times):
+            async with engine.connect() as connection:
+                await connection.execute(text("select 1"))
+
+    times = max(2, CHECKOUTS // tasks)
+    gc.collect()
+    started, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(work() for _ in range(tasks)))
+    count = tasks * times
+    return count / (time.perf_counter() - started), (time.process_time() - cpu) / count * 1e6
+
+
+async def _attached(url: str, tasks: int) -> tuple[float, float, float]:
+    """Throughput with a PoolScope as a share of that without; CPU microseconds that it adds, and without it."""
+    bare, watched = (
+        create_async_engine(url, pool_size=20, max_overflow=0, pool_timeout=60) for _ in range(2)
+    )
+    scope = PoolScope(watched)
+    await _check_out(bare, 40)
+    await _check_out(watched, 40)
+    shares, added, without = [], [], []
+    for number in range(PAIRS):
+        # In turns, or what the machine does meanwhile would fall on one of them.
+        order = (bare, watched) if number % 2 else (watched, bare)
+        found = {engine: await _check_out(engine, tasks) for engine in order}
+        shares.append(found[watched][0] / found[bare][0])
+        added.append(found[watched][1] - found[bare][1])
+        without.append(found[bare][1])
+    scope.close()
+    await bare.dispose()
+    await watched.dispose()
+    return statistics.median(shares), statistics.median(added), statistics.median(without)
 
 
 def _server_start() -> float:
@@ -226,6 +272,12 @@ def main() -> int:
     )
     server = start_server()
     try:
+        for tasks in (40, 200, 2_000):
+            share, added, without = asyncio.run(_attached(server.url, tasks))
+            print(
+                f"PoolScope: {share:.2f} of the bare throughput with {tasks} tasks on 20 connections (median of {PAIRS}"
+                f" pairs, wanted: at least 0.97; {added:.0f} µs of CPU on {without:.0f} for a checkout)"
+            )
         pairs = [(_bare(server.url), _observed(server.url)) for _ in range(PAIRS)]
         ratio = statistics.median(observed / bare for bare, observed in pairs)
         print(
