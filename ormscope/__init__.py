@@ -7,10 +7,18 @@ import logging
 
 from ormscope.census import SessionCensus
 from ormscope.loop import LoopScope
+from ormscope.on_signal import SignalReport, report_on_signal
 from ormscope.pool import PoolScope
 from ormscope.verdict import Verdict
 
-__all__ = ["LoopScope", "PoolScope", "SessionCensus", "Verdict"]
+__all__ = [
+    "LoopScope",
+    "PoolScope",
+    "SessionCensus",
+    "SignalReport",
+    "Verdict",
+    "report_on_signal",
+]
 __version__ = "1.0.0"
 
 # What a PoolScope has to say goes to the program's own log, and nowhere where there is none.

@@ -34,6 +34,7 @@ from ormscope.places import (
     running_places,
 )
 from ormscope.proof import Proof
+from ormscope.report import report_of
 from ormscope.server import ServerReport, ask
 from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
 
@@ -122,6 +123,11 @@ class PoolScope:
         self._tell(None)
 
     # What has been seen.
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it watches no more, because of `close()` or because it has stepped aside."""
+        return self._closed
 
     @property
     def pool(self) -> Pool:
@@ -258,6 +264,17 @@ class PoolScope:
             return None
         verdict = self.verdict_now()
         return verdict if verdict.cause in set(TROUBLES) - set(known) else None
+
+    def report(self) -> str:
+        """Everything that is held and waited for at this moment, as text, with times in seconds, minutes or hours.
+
+        The verdict's report; each holder with its name, its age, the line where it took the connection, the last SQL,
+        and what it does or waits for; each waiter with its name, age and line. Those at the same lines share an entry,
+        and after twelve the rest are counted, so the text stays short whatever the load. Names of tasks, lines of code
+        and SQL stand in it (without parameters): show it to those who may read your logs. May be called from any
+        thread, also while the event loop is blocked. Raises nothing.
+        """
+        return report_of(self)
 
     async def deadlock(self) -> Verdict | None:
         """Wait until a deadlock of this pool is proved, among tasks or threads; None once the scope is closed."""
