@@ -400,8 +400,8 @@ class Ledger:
     def queue(self, pool: Pool) -> list[Waiter]:
         """Who stands in a pool's queue, oldest first."""
         now = time.perf_counter()
-        with self.lock:
-            return [w for w in self.waiters.values() if w.pool is pool and w.waits(now)]
+        # A copy, for who has waited leaves without the lock: whoever asks from another thread would meet that.
+        return [w for w in list(self.waiters.values()) if w.pool is pool and w.waits(now)]
 
     def is_exhausted(self, pool: Pool) -> bool:
         """Whether a pool can serve nobody before a connection comes back, and all who have one are known."""
