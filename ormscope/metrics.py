@@ -9,7 +9,6 @@ is the only one that needs prometheus_client, so `import ormscope` does not impo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -21,9 +20,9 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from sqlalchemy.pool import QueuePool
 
 from ormscope.durations import BOUNDS, Durations
+from ormscope.figures import check_names, figures_of
 from ormscope.loop import LoopScope
 from ormscope.pool import PoolScope
 from ormscope.verdict import Cause
@@ -62,16 +61,12 @@ class PoolCollector(Collector):
     def __init__(
         self, *pools: PoolScope, loop: LoopScope | None = None, lag_window: float = 60.0
     ) -> None:
-        names = [scope.name for scope in pools]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"two pools have the same name in {names}; name them: PoolScope(engine, 'orders')"
-            )
+        check_names(*pools)
         self._pools, self._loop, self._lag_window = pools, loop, lag_window
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment; may be called from any thread, also while the event loop is blocked."""
-        numbers = {scope.name: _numbers(scope) for scope in self._pools}
+        numbers = {scope.name: figures_of(scope) for scope in self._pools}
         for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for metric, about in metrics.items():
                 family = kind(f"sqlalchemy_pool_{metric}", about, labels=["pool"])
@@ -108,28 +103,6 @@ class PoolCollector(Collector):
                 f"The longest lag of the event loop in the last {self._lag_window:g} s, the present one included.",
                 self._loop.longest_lag_within(self._lag_window),
             )
-
-
-def _numbers(scope: PoolScope) -> dict[str, float]:
-    """The gauges and counters of one pool, without those that it has not."""
-    pool = scope.pool  # read anew each time: `dispose()` gives the engine another one
-    now, holders, waiters = time.perf_counter(), scope.holders, scope.waiters
-    numbers: dict[str, float] = {
-        "checked_out": scope.checked_out,
-        "waiting": len(waiters),
-        "oldest_hold_seconds": max(now - holders[0].since, 0) if holders else 0,
-        "oldest_wait_seconds": max(now - waiters[0].since, 0) if waiters else 0,
-        "timeouts": scope.timeouts,
-        "checkouts": scope.checkouts,
-        "deadlocks": scope.deadlock_count,
-        "connections_opened": scope.opened,
-        "connections_closed": scope.closed,
-    }
-    if isinstance(pool, QueuePool):
-        numbers["checked_in"] = pool.checkedin()
-    if scope.capacity is not None:
-        numbers["capacity"] = scope.capacity
-    return numbers
 
 
 def _buckets(durations: Durations) -> list[tuple[str, float]]:
