@@ -12,10 +12,11 @@ Under the names of the semantic conventions for pools (`db.client.connection.*`,
 
 each with the attribute `db.client.connection.pool.name`. Of the conventions are not given: `idle.min`, for
 SQLAlchemy has no such setting, and the histograms `create_time`, `wait_time` and `use_time`. OpenTelemetry has no
-histogram that is read when somebody asks: each value would have to be handed over within the request that
-it belongs to, which costs more than all the rest of a PoolScope. Their sums and numbers are there instead, with what has
-no name in the conventions, as `ormscope.pool.*` and `ormscope.loop.lag`; see INSTRUMENTS. Who wants quantiles lets the
-OpenTelemetry Collector scrape `ormscope.metrics.PoolCollector` (its receiver `prometheus`), which has both histograms.
+histogram that is read when somebody asks: each value would have to be handed over within the request that it
+belongs to, and the SDK takes some ten microseconds for one. Their sums and numbers are there instead, with what has no
+name in the conventions, as `ormscope.pool.*` and `ormscope.loop.lag`: see INSTRUMENTS. Who wants quantiles lets the
+OpenTelemetry Collector scrape `ormscope.metrics.PoolCollector` (its receiver `prometheus`): that has histograms of
+waits and uses.
 
 This module is the only one that needs opentelemetry (its API, not the SDK), so `import ormscope` does not import it.
 """

