@@ -6,18 +6,21 @@ They watch a running program; what runs experiments with them stands in `ormscop
 import logging
 
 from ormscope.census import SessionCensus
+from ormscope.console import Console, serve_console
 from ormscope.loop import LoopScope
 from ormscope.on_signal import SignalReport, report_on_signal
 from ormscope.pool import PoolScope
 from ormscope.verdict import Verdict
 
 __all__ = [
+    "Console",
     "LoopScope",
     "PoolScope",
     "SessionCensus",
     "SignalReport",
     "Verdict",
     "report_on_signal",
+    "serve_console",
 ]
 __version__ = "1.0.0"
 
