@@ -89,7 +89,7 @@ def _detail(scope: PoolScope, verdict: Verdict) -> dict[str, Any]:
             {
                 "owner": _cut(holder.owner),
                 "age": holder.age,
-                "line": _cut(str(_line(holder.places))),
+                "line": _cut(_without_text(_line(holder.places))),
                 "sql": None if holder.last_sql is None else _cut(holder.last_sql),
                 "waits": _cut(_waits_for(holder)),
             }
@@ -122,7 +122,7 @@ def _waits_for(holder: Holding) -> str:
     if holder.waits is not None:
         by = ", by a task that it awaits" if holder.through_tasks else ""
         asks = _line(holder.waits.places).short
-        return f"a connection of {holder.waits.pool}, asked for in {asks}{by}"
+        return f"a connection of {holder.waits.pool}, in {asks}{by}"
     if holder.in_server is not None:
         return f"a lock in the server, in {holder.in_server.short}"
     if activity is None:
@@ -135,6 +135,11 @@ def _waits_for(holder: Holding) -> str:
         "database": "the database",
         "idle": "nothing: a thread without work",
     }[activity.doing]
+
+
+def _without_text(line: Place) -> str:
+    """Where a holder took its connection: beside it stand statement and what it waits for, so it has to be short."""
+    return f"{line.file}:{line.line}, {line.function}" if line.file else line.short
 
 
 def _line(frames: tuple[Place, ...]) -> Place:

@@ -76,6 +76,8 @@ class ConsoleApp(App[None]):
     #pools { height: auto; max-height: 30%; padding: 0 1; margin: 1 0 0 0; }
     #says { height: auto; padding: 0 1; margin: 1 0 0 0; }
     .list { border: round $panel-lighten-2; padding: 0 1; height: 1fr; }
+    #holding { height: auto; max-height: 45%; }
+    .list { border-title-color: $text; border-title-style: bold; }
     .list:focus { border: round $accent; }
     Report { align: center middle; }
     Report VerticalScroll { width: 95%; height: 90%; border: round $accent; padding: 0 1; background: $surface; }
@@ -211,7 +213,7 @@ def _pools(state: dict[str, Any], key: str) -> RenderableType:
             Text(pool["name"], "bold" if pool["key"] == key else ""),
             bar,
             Text(str(pool["waiting"]), f"bold {_WAITING}" if pool["waiting"] else ""),
-            Text(f" {pool['cause']} ", f"bold black on {colour}"),
+            Text.assemble((f" {pool['cause']} ", f"bold black on {colour}")),
         )
     if not state["pools"]:
         return Text("No PoolScope watches a pool in this process.")
@@ -252,7 +254,7 @@ def _waiting(detail: dict[str, Any]) -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, expand=True, pad_edge=False, header_style="dim")
     # The first columns tell who, and are never cut short.
-    ratios = {"took it at": 4, "last SQL": 3, "waits for": 4, "asks for one at": 1, "verdict": 1}
+    ratios = {"took it at": 3, "last SQL": 3, "waits for": 5, "asks for one at": 1, "verdict": 1}
     for column in columns:
         table.add_column(
             column,
