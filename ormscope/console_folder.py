@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
+from tempfile import gettempdir
 
 # PID, and a number where the same user has several of that id, in containers; `.sock` is a Unix socket, `.json` where
 # there are none the file that tells port and token.
@@ -24,7 +24,7 @@ def folders() -> list[Path]:
     # Under sudo it may be somebody else's.
     if os.path.isabs(runtime) and os.path.isdir(runtime) and os.stat(runtime).st_uid == user:
         found.append(Path(runtime, "ormscope"))
-    found.append(Path(tempfile.gettempdir(), "ormscope" if user is None else f"ormscope-{user}"))
+    found.append(Path(gettempdir(), "ormscope" if user is None else f"ormscope-{user}"))
     return found
 
 

@@ -45,7 +45,7 @@ def state_of(
     lags = [(loop.lag(), loop.longest_lag_within(_WINDOW_SECONDS)) for loop in set(loops)]
     return {
         "pid": os.getpid(),
-        "program": _cut(" ".join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]), 80),
+        "program": _cut(_program()),
         "loop": {"lag": max(lags)[0], "longest_lag": max(longest for _, longest in lags)}
         if lags
         else None,
@@ -64,6 +64,13 @@ def state_of(
         "more_pools": len(scopes) - len(shown),
         "detail": None if chosen is None else _detail(chosen, verdicts[key_of(chosen)]),
     }
+
+
+def _program() -> str:
+    """What the process runs, without its arguments: there may be a password in one."""
+    path = os.path.abspath(sys.argv[0])
+    name = os.path.basename(path)
+    return os.path.basename(os.path.dirname(path)) if name == "__main__.py" else name
 
 
 def report_of(scope: PoolScope) -> str:

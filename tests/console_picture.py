@@ -1,4 +1,4 @@
-"""Makes ormscope/console.svg anew: `python tests/console_picture.py`, from the project's root."""
+"""Makes ormscope/console.svg anew: `PYTHONPATH=. python tests/console_picture.py`, from the project's root."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
 from ormscope.console_client import Connection
 from ormscope.console_view import ConsoleApp
 
+ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "ormscope" / "console.svg"
 SIZE = (132, 36)
 
@@ -86,7 +83,7 @@ class _Neutral(Connection):
 
     def ask(self, request: str) -> dict[str, Any]:
         """The answer, with another process in it."""
-        return super().ask(request) | {"pid": 4711, "program": "python shop.py"}
+        return super().ask(request) | {"pid": 4711, "program": "shop.py"}
 
 
 async def _picture(address: Path) -> str:
