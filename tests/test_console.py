@@ -320,9 +320,9 @@ def test_what_fails_in_it_is_logged_once(
 # What it tells
 
 
-def test_three_thousand_waiters_are_cut_and_counted(url: str, offered: Console) -> None:
+def test_three_thousand_waiters_are_cut_and_counted(server: Server, offered: Console) -> None:
     async def main() -> None:
-        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_timeout=None)
         scope = PoolScope(engine, "a pool" * 100)
         async with engine.connect() as connection:
             await connection.execute(SELECT)
@@ -350,7 +350,7 @@ def test_three_thousand_waiters_are_cut_and_counted(url: str, offered: Console) 
     run(main())
 
 
-def test_a_blocked_loop_is_seen_through_it(url: str, offered: Console) -> None:
+def test_a_blocked_loop_is_seen_through_it(server: Server, offered: Console) -> None:
     """Asked while the loop's own thread sleeps: the console's thread answers."""
     seen: list[dict[str, Any]] = []
 
@@ -368,7 +368,7 @@ def test_a_blocked_loop_is_seen_through_it(url: str, offered: Console) -> None:
 
     async def main() -> None:
         loop = LoopScope()
-        engine = create_async_engine(url)
+        engine = create_async_engine(server.url)
         scope = PoolScope(engine, "mine", loop=loop)
         looking = threading.Thread(target=look)
         looking.start()
