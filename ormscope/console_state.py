@@ -75,7 +75,7 @@ def _program() -> str:
 
 def report_of(scope: PoolScope) -> str:
     """The full report on a pool."""
-    text = str(scope.verdict())
+    text = scope.report()
     return text if len(text) <= _LONGEST_REPORT else text[:_LONGEST_REPORT] + "\n… (cut here)"
 
 
