@@ -610,6 +610,12 @@ def _above(
     return reaching, others - reaching
 
 
+def awaiting(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
+    """The tasks that sleep until this one ends, or until another one ends that does."""
+    reaching, others = _above({task})
+    return reaching | others
+
+
 def _awaiting(task: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
     """The tasks that are woken when a task is done, by what that calls, or the futures that it sets."""
     found: set[asyncio.Future[Any]] = {task}
