@@ -118,14 +118,14 @@ def _seconds(value: Any) -> float | None:
     return float(value)
 
 
-def rules_of(item: pytest.Item) -> Rules | None:
+def rules_of(item: pytest.Item, is_asked_for: bool = False) -> Rules | None:
     """The rules that hold for a test; None where it is not watched. Fails the test where its mark has an error."""
     wanted = item.config.getoption("ormscope")
     if wanted is False:
         return None
     marks = list(item.iter_markers("ormscope"))
-    in_use = _FIXTURE in getattr(item, "fixturenames", ())
-    if not (wanted or item.config.getini("ormscope") or marks or in_use):
+    is_asked_for |= _FIXTURE in getattr(item, "fixturenames", ())
+    if not (wanted or item.config.getini("ormscope") or marks or is_asked_for):
         return None
     rules = _configured(item.config)
     for mark in reversed(marks):  # the test's own is the first
@@ -168,44 +168,35 @@ def pool_rules(request: pytest.FixtureRequest) -> Iterator[PoolRules | None]:
 
     None with `--no-ormscope`, or where all rules are switched off.
     """
-    watch = request.node.stash.get(_watching, None)
-    if watch is None and rules_of(
-        request.node
-    ):  # asked for by getfixturevalue, while the test runs
-        watch = _start(request.node)
-    yield watch
+    item = request.node
+    if _watching not in item.stash:  # asked for by getfixturevalue, while the test runs
+        _prepare(item, rules_of(item, is_asked_for=True))
+        if _watching in item.stash:
+            item.stash[_watching].start()
+    yield item.stash.get(_watching, None)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Make what watches; it begins with the test itself."""
     for key in _KEYS:  # of a run before, where tests are run again
         if key in item.stash:
             del item.stash[key]
-    rules = rules_of(item)
+    _prepare(item, rules_of(item))
+
+
+def _prepare(item: pytest.Item, rules: Rules | None) -> None:
     if rules is not None:
         from ormscope.pool_rules import PoolRules
 
         item.stash[_watching] = PoolRules(rules)
-    return (yield)
-
-
-def _start(item: pytest.Item) -> PoolRules | None:
-    watch = item.stash.get(_watching, None)
-    if watch is None and (rules := rules_of(item)) is not None:
-        from ormscope.pool_rules import PoolRules
-
-        watch = item.stash[_watching] = PoolRules(rules)
-    if watch is not None:
-        watch.start()
-    return watch
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Watch the test itself, and fail it for what was seen, unless it has failed by itself."""
     if _watching in item.stash:
-        _start(item)
+        item.stash[_watching].start()
     try:
         result = yield
     finally:
@@ -251,8 +242,12 @@ def pytest_runtest_makereport(
     excinfo = call.excinfo
     if excinfo is not None:
         item.stash[_has_failed] = True
-    if excinfo is None or excinfo.value is not item.stash.get(_failure, None):
-        text = _new(item, watch)
+    failure = item.stash.get(_failure, None)
+    if failure is not None:
+        del item.stash[_failure]
+    if excinfo is None or excinfo.value is not failure:
+        # unittest's own failures come to light only now, and take the place of ours.
+        text = _new(item, watch) if failure is None else str(failure)
         add = getattr(report.longrepr, "addsection", None)
         if text and add is not None:
             add("ormscope", text)
