@@ -116,19 +116,31 @@ def _running(code: str) -> str:
     return ast.unparse(Without().visit(ast.parse(code)))
 
 
-@pytest.mark.parametrize("module", ["ormscope", "ormscope.metrics"])
-def test_an_import_brings_in_nothing_of_the_lab(module: str) -> None:
-    script = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+@pytest.mark.parametrize(
+    "statement", ["from ormscope import *", "import ormscope.metrics", "import ormscope.otel"]
+)
+def test_an_import_brings_in_nothing_of_the_lab(statement: str) -> None:
+    script = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = set(result.stdout.split())
     assert "sqlalchemy" in loaded
     assert not loaded & OF_LAB
-    allowed = {"ormscope", "sqlalchemy", "greenlet", "typing_extensions", "prometheus_client"}
+    allowed = {"ormscope", "sqlalchemy", "greenlet", "typing_extensions"}
+    allowed |= {"prometheus_client", "opentelemetry"} if "import ormscope." in statement else set()
     foreign = {
         name
         for name in loaded - set(sys.stdlib_module_names) - allowed
         if not name.startswith("_") and name not in ("cython_runtime", "sitecustomize")
     }
     assert foreign == set()
+
+
+def test_who_merely_has_it_installed_pays_nothing() -> None:
+    """pytest loads the plugin of every package that is installed."""
+    script = "import sys, ormscope, ormscope.pytest_plugin; print('sqlalchemy' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
