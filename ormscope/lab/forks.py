@@ -17,8 +17,10 @@ from typing import Any, BinaryIO, Protocol, cast
 CAN_FORK = sys.platform == "linux"
 _FORK, _WAIT = b"fork", b"wait"
 _LONGEST_MESSAGE = 64
-_PATH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_BOOTSTRAP = f"import sys; sys.path.insert(0, {_PATH!r}); from ormscope import child; child.{{}}()"
+_PATH = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+_BOOTSTRAP = (
+    f"import sys; sys.path.insert(0, {_PATH!r}); from ormscope.lab import child; child.{{}}()"
+)
 
 
 def _environment() -> dict[str, str]:
