@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Dialect, Engine
 from sqlalchemy.pool import Pool, PoolProxiedConnection, SingletonThreadPool, StaticPool
@@ -25,8 +25,10 @@ from ormscope.ledger import Holder
 from ormscope.owners import TaskOrThread, current
 from ormscope.places import NOWHERE, Place, RawPlace, calling_places, is_library, is_users, place
 from ormscope.pool import PoolScope
-from ormscope.pytest_plugin import Rules
 from ormscope.stacks import steps_of
+
+if TYPE_CHECKING:
+    from ormscope.pytest_plugin import Rules
 
 _GRACE_SECONDS = 1.0  # for another thread, such as that of a server, to end what it does
 _GRACE_PAUSE = 0.01

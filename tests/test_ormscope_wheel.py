@@ -20,7 +20,7 @@ SERIES = {"2.0": "sqlalchemy>=2.0,<2.1", "2.1": "sqlalchemy>=2.1,<2.2"}
 
 IMPORTS = """
 import json, sys
-import ormscope
+from ormscope import *
 files = [(name, getattr(module, "__file__", None) or "") for name, module in sys.modules.items()]
 print(json.dumps(sorted({name.partition(".")[0] for name, file in files if "site-packages" in file})))
 """
