@@ -92,6 +92,7 @@ class PoolRules:
         self._checkouts: list[_Checkout] = []
         self._lost: list[_Checkout] = []
         self._lost_told = 0
+        self.loop_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._in_call = False
         self._since = 0.0
@@ -181,9 +182,11 @@ class PoolRules:
             if len(self._checkouts) >= _KEPT_CHECKOUTS:
                 self._checkouts = [checkout for checkout in self._checkouts if not checkout.is_back]
             self._checkouts.append(_Checkout(holder, scope, fairy, self._lost))
-            limit = self.rules.held_across_await
-            if limit is not None and self._watch is None and internals.running_loop() is not None:
-                self._watch = _AwaitWatch(self, limit)
+            if internals.running_loop() is not None:
+                self.loop_threads.add(threading.current_thread())
+                limit = self.rules.held_across_await
+                if limit is not None and self._watch is None:
+                    self._watch = _AwaitWatch(self, limit)
 
     def _scope_of(self, engine: Engine) -> PoolScope:
         pool = engine.pool
@@ -212,7 +215,10 @@ class PoolRules:
             for holder in held
             if family & users_of(holder)
             # To look who else has it takes a while; once seen, it need not be looked for again.
-            and (self._is_known(line_of(holder.frames), asks) or not _is_handed_on(holder, family))
+            and (
+                self._is_known(line_of(holder.frames), asks)
+                or not _is_handed_on(holder, family, self.loop_threads)
+            )
         ]
         if not mine:
             return None
@@ -243,20 +249,19 @@ class PoolRules:
             return
         self._wait_for_other_threads()
         left = self._left()
-        if not left:
-            return
-        proof.look_for_users([checkout.holder for checkout in left])
+        # Where those who had it are over, to look who else may have it is not worth seconds in a large heap.
+        in_use = [checkout.holder for checkout in left if self._others(checkout.holder)]
+        if in_use:
+            proof.look_for_users(in_use)
         for checkout in left:
-            users = {owner.subject for owner in checkout.holder.users or () if owner.alive}
-            if checkout.is_back or users - {self._thread}:
-                continue  # it has come back meanwhile, or a task or thread that is not over can still give it back
-            kept_by = checkout.holder.kept_by
-            # Else it is pytest's own functions that keep the test's.
-            is_named = kept_by.startswith(("the ", "a list"))
-            self._note_not_returned(
-                checkout, f"kept by {kept_by}" if is_named else "still checked out"
-            )
+            # What a task or thread that is not over can still use, it can still give back.
+            if not checkout.is_back and not self._others(checkout.holder):
+                self._note_not_returned(checkout, "still checked out")
         self._checkouts = [checkout for checkout in self._checkouts if checkout not in left]
+
+    def _others(self, holder: Holder) -> set[TaskOrThread]:
+        """Who can use a connection and is not over, but for the thread of the test."""
+        return proof.live_users(holder) - {self._thread}
 
     def _left(self) -> list[_Checkout]:
         with self._lock:
@@ -357,7 +362,9 @@ def users_of(holder: Holder) -> set[TaskOrThread]:
     return proof.live_users(holder)
 
 
-def _is_handed_on(holder: Holder, family: set[TaskOrThread]) -> bool:
+def _is_handed_on(
+    holder: Holder, family: set[TaskOrThread], loop_threads: Iterable[threading.Thread]
+) -> bool:
     """Whether somebody outside of the family, for whom none of them waits, can use a connection, too."""
     tasks = [member for member in family if isinstance(member, asyncio.Task)]
     proof.look_for_users([holder], tasks)
@@ -365,9 +372,8 @@ def _is_handed_on(holder: Holder, family: set[TaskOrThread]) -> bool:
     # What was found is true for this moment only: the next who asks shall look himself.
     holder.users = None
     known = family | {child for member in family for child in waitgraph.below(member)}
-    if tasks:
-        known.add(threading.current_thread())  # whoever runs the loop has what its tasks have
-    return bool(found - known)
+    # A thread that runs a loop can reach what its tasks have, and does nothing with it.
+    return bool(found - known - (set(loop_threads) if tasks else set()))
 
 
 def line_of(frames: Iterable[RawPlace]) -> Place:
@@ -390,6 +396,7 @@ class _Wait:
 
     awaited: tuple[weakref.ref[Any], ...]
     seen: float
+    limit: float
     seconds: float = 0.0
     is_told: bool = False
 
@@ -442,14 +449,14 @@ class _AwaitWatch:
             now = time.perf_counter()
             wait = self._waits.get(holder)
             if wait is None or not wait.is_of(awaited):
-                wait = _Wait(awaited, now)
+                wait = _Wait(awaited, now, self._limit)
             elif loops <= answered:
                 wait.seconds += now - wait.seen
             wait.seen = now
             waits[holder] = wait
-            if wait.seconds > self._limit and not wait.is_told:
-                wait.is_told = True
-                self._tell(scope, holder, line, what)
+            if wait.seconds > wait.limit and not wait.is_told:
+                wait.is_told = self._tell(scope, holder, line, what)
+                wait.limit *= 2  # until it is looked at again who has it
             for loop in loops:
                 self._ask(loop)
         self._waits = waits
@@ -467,14 +474,17 @@ class _AwaitWatch:
                 raise
             logger.debug("a loop was closed before it could answer")
 
-    def _tell(self, scope: PoolScope, holder: Holder, line: Place, what: str) -> None:
+    def _tell(self, scope: PoolScope, holder: Holder, line: Place, what: str) -> bool:
+        """Say so, unless somebody else has the connection, too; returns whether it was said."""
         users = users_of(holder)
         family = set(users)
         for user in users:
             if isinstance(user, asyncio.Task):
                 family |= proof.awaiting(user)
-        if not _is_handed_on(holder, family):
-            self._rules.held_across(scope, holder, line, what)
+        if _is_handed_on(holder, family, self._rules.loop_threads):
+            return False
+        self._rules.held_across(scope, holder, line, what)
+        return True
 
 
 def _foreign_await(
