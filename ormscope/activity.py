@@ -119,9 +119,12 @@ def _owner_of_lock(subject: TaskOrThread, frames: list[FrameType]) -> str:
 def _is_inside(step: Any, lock: asyncio.Lock) -> bool:
     """Whether a suspended coroutine has on its stack what leaves `async with lock`."""
     leave = type(lock).__aexit__
+    stack = gc.get_referents(step)
+    # Since Python 3.14 not as a bound method, but the function and, next to it, whose it is.
     return any(
-        getattr(held, "__func__", held) is leave and getattr(held, "__self__", lock) is lock
-        for held in gc.get_referents(step)
+        (held is leave and following is lock)
+        or (getattr(held, "__func__", None) is leave and getattr(held, "__self__", None) is lock)
+        for held, following in zip(stack, [*stack[1:], None], strict=True)
     )
 
 

@@ -166,6 +166,31 @@ def test_what_each_holder_does(server: Server) -> None:
     run(main())
 
 
+def test_who_is_inside_of_another_lock_has_not_this_one(server: Server) -> None:
+    async def main() -> None:
+        engine = create_async_engine(server.url)
+        scope, lock, another = PoolScope(engine), asyncio.Lock(), asyncio.Lock()
+
+        async def waits_for_it() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                async with lock:
+                    pass
+
+        async def is_in_another() -> None:
+            async with another:
+                await asyncio.sleep(PATIENCE)
+
+        await lock.acquire()  # without a block: nobody can see whose it is
+        tasks = [asyncio.create_task(is_in_another()), asyncio.create_task(waits_for_it())]
+        await until(lambda: "for a lock" in scope.report())
+        assert "for a lock, not for the database" in scope.report()
+        await cancelled(*tasks)
+        await engine.dispose()
+
+    run(main())
+
+
 def test_timeouts_and_the_longest_wait(server: Server) -> None:
     async def main() -> None:
         engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_timeout=0.2)
