@@ -165,12 +165,8 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
                     step_aside(scope, error)
         try:
             record = original(pool)
-        except BaseException as failure:
-            for scope in attached.scopes:
-                try:
-                    scope.ledger.acquire_failed(pool, failure)
-                except Exception as error:
-                    step_aside(scope, error)
+        except BaseException as error:
+            hook.tell("acquire_failed", pool, error)
             raise
         for scope in attached.scopes:
             try:

@@ -377,10 +377,6 @@ class Ledger:
         """Connections that were out before anybody looked, so that nobody knows whose they are."""
         return max(0, min(self._unseen, self.checked_out - len(self.holders)))
 
-    def holds(self, who: TaskOrThread) -> bool:
-        """Whether a task or thread has taken a connection that is still out."""
-        return id(who) in self._held_by
-
     def held(self, pool: Pool) -> list[Holder]:
         """The connections of a pool that are checked out, oldest first."""
         with self.lock:

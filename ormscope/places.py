@@ -63,11 +63,6 @@ def is_users(frame: FrameType) -> bool:
 _MOST_FRAMES = 6
 
 
-def sleeping_places(subject: TaskOrThread) -> tuple[RawPlace, ...]:
-    """The frames of the user's code in which a task or thread sleeps, innermost first, at most six."""
-    return _users(sleeping_frames(subject))
-
-
 def own_place(subject: TaskOrThread) -> Place:
     """The innermost line of the program's own code, not of a library it uses, where a task or thread sleeps."""
     for frame in reversed(sleeping_frames(subject)):

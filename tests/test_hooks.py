@@ -22,7 +22,7 @@ from ormscope import PoolScope
 from ormscope.ledger import Ledger
 from workshop.database import Server
 
-ASKED = {"settings", "held", "holds", "queue", "pools_in_demand", "is_exhausted"}
+ASKED = {"settings", "held", "queue", "pools_in_demand", "is_exhausted"}
 # What the hooks call.
 TOLD = [
     name
