@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy.engine import Connection, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
@@ -126,17 +126,59 @@ def last_awaited(task: asyncio.Task[Any]) -> object:
     return getattr(task, "_fut_waiter", None)
 
 
-def gathered(future: asyncio.Future[Any]) -> list[asyncio.Future[Any]] | None:
+class Together(NamedTuple):
+    """Futures that are waited for together: what ends the waiting, and when a timeout does, on the loop's clock.
+
+    A "failure" is an exception or a cancellation; whatever it says, the waiting ends when all are done.
+    """
+
+    futures: Collection[asyncio.Future[Any]]
+    ended_by: Literal["all", "any", "exception", "failure"] = "all"
+    wakes_at: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, although the callback that tells of it may not have been called yet."""
+        done = [future for future in self.futures if future.done()]
+        if not done or self.ended_by == "any":
+            return bool(done)
+        if len(done) == len(self.futures):
+            return True
+        # Asked by its public name, an exception counts as retrieved, and asyncio would not log it.
+        failed = [
+            future
+            for future in done
+            if (future.cancelled() and self.ended_by == "failure") or future._exception is not None
+        ]
+        return self.ended_by != "all" and bool(failed)
+
+
+def gathered(future: asyncio.Future[Any]) -> Together | None:
     """What a future of `asyncio.gather` waits for; None for any other future."""
-    return list(future._children) if type(future) is _GATHERING else None  # type: ignore[attr-defined]
+    if type(future) is not _GATHERING:
+        return None
+    children = list(future._children)  # type: ignore[attr-defined]
+    keeps_failures = any(child.done() for child in children) and _keeps_failures(children, future)
+    return Together(children, "all" if keeps_failures else "failure")
 
 
-def shielded(future: asyncio.Future[Any]) -> asyncio.Future[Any] | None:
+def _keeps_failures(children: list[asyncio.Future[Any]], outer: object) -> bool:
+    """Whether a `gather` was called with return_exceptions=True."""
+    waiting = next((child for child in children if not child.done()), None)
+    for callback, _ in () if waiting is None else callbacks_of(waiting):
+        if getattr(callback, "__code__", None) in _GATHER_CODES:
+            variables = _closure(callback)
+            if variables.get("outer") is outer:
+                return bool(variables.get("return_exceptions"))
+    return False
+
+
+def shielded(future: asyncio.Future[Any]) -> Together | None:
     """What a future of `asyncio.shield` waits for; None for any other future."""
     for callback, _ in callbacks_of(future):
         if getattr(callback, "__code__", None) in _SHIELD_CODES:
             inner = _closure(callback).get("inner")
-            return inner if isinstance(inner, asyncio.Future) else None
+            return Together([inner]) if isinstance(inner, asyncio.Future) else None
     return None
 
 
@@ -162,7 +204,7 @@ def _closure(function: Any) -> dict[str, Any]:
 
 def awaited_by_group(
     frame: FrameType, variables: Callable[[FrameType], dict[str, Any]], future: object
-) -> set[asyncio.Future[Any]] | None:
+) -> Together | None:
     """The tasks of the TaskGroup, asyncio's or anyio's, that waits in `frame` by `future`; None if none does."""
     if frame.f_code.co_filename not in _group_files():
         return None
@@ -171,20 +213,21 @@ def awaited_by_group(
         return None
     # Where anyio has another name for it, nobody knows who may end this: nothing is proved through it.
     tasks = getattr(group, "_tasks", None)
-    return None if tasks is None else set(tasks)
+    return None if tasks is None else Together(list(tasks), "exception")
 
 
 def awaited_by_wait(
     frame: FrameType, variables: Callable[[FrameType], dict[str, Any]], future: object
-) -> tuple[set[asyncio.Future[Any]], float | None] | None:
-    """What `asyncio.wait` or `wait_for` waits for in `frame` by `future`, and when its timeout is up; else None."""
+) -> Together | None:
+    """What `asyncio.wait` or `wait_for` waits for in `frame` by `future`; None if it does not."""
     if frame.f_code not in _WAIT_CODES:
         return None
     found = variables(frame)
     if found.get("waiter") is not future:
         return None
-    awaited = {found["fut"]} if "fut" in found else set(found["fs"])
-    return awaited, _when(found.get("timeout_handle"))
+    awaited = [found["fut"]] if "fut" in found else list(found["fs"])
+    ended_by = _ENDED_BY.get(found.get("return_when"), "any")
+    return Together(awaited, ended_by, _when(found.get("timeout_handle")))
 
 
 def awaited_by_as_completed(
@@ -192,8 +235,8 @@ def awaited_by_as_completed(
     caller: FrameType | None,
     variables: Callable[[FrameType], dict[str, Any]],
     referents: Callable[[Any], Iterable[Any]],
-) -> tuple[set[asyncio.Future[Any]], float | None] | None:
-    """What `asyncio.as_completed` waits for in `frame`, which `caller` awaits, and when its timeout is up."""
+) -> Together | None:
+    """What `asyncio.as_completed` waits for in `frame`, which `caller` awaits; None if it does not."""
     if (
         frame.f_code.co_filename != asyncio.tasks.__file__
         or frame.f_code.co_name != "_wait_for_one"
@@ -201,13 +244,13 @@ def awaited_by_as_completed(
         return None
     found = variables(frame)
     if "self" in found:  # from Python 3.13 on
-        return set(found["self"]._todo), _when(found["self"]._timeout_handle)
+        return Together(list(found["self"]._todo), "any", _when(found["self"]._timeout_handle))
     for value in () if caller is None else referents(caller):
         inner = getattr(value, "gi_frame", None)
         if inner is not None and inner.f_code is asyncio.as_completed.__code__:
             todo = variables(inner)
             if todo.get("done") is found.get("done"):
-                return set(todo["todo"]), _when(todo.get("timeout_handle"))
+                return Together(list(todo["todo"]), "any", _when(todo.get("timeout_handle")))
     return None
 
 
@@ -279,13 +322,18 @@ def _codes(*functions: Any) -> frozenset[CodeType]:
 
 
 _GATHERING = getattr(asyncio.tasks, "_GatheringFuture", None)
+_GATHER_CODES = _codes(asyncio.gather)
 _SHIELD_CODES = _codes(asyncio.shield)
 _CHAIN_CODES = _codes(getattr(asyncio.futures, "_chain_future", asyncio.shield)) - _SHIELD_CODES
 _WAIT = vars(asyncio.tasks).get("_wait")
 _WAIT_CODES = frozenset(function.__code__ for function in (_WAIT, asyncio.wait_for) if function)
+_ENDED_BY: dict[Any, Literal["all", "any", "exception"]] = {
+    asyncio.ALL_COMPLETED: "all",
+    asyncio.FIRST_EXCEPTION: "exception",
+}
 _AS_COMPLETED = vars(asyncio.tasks).get("_AsCompletedIterator")  # from Python 3.13 on
 _AS_COMPLETED_CODES = (
-    _codes(asyncio.as_completed)
+    frozenset(code for code in _codes(asyncio.as_completed) if code.co_name == "_on_timeout")
     if _AS_COMPLETED is None
     else frozenset({_code(_AS_COMPLETED, "_handle_timeout")})
 )
@@ -365,10 +413,12 @@ _NEEDED: dict[Part, list[tuple[object, str]]] = {
     "proof": [
         (asyncio.Task, "_fut_waiter"),
         (asyncio.Future, "_callbacks"),
+        (asyncio.Future, "_exception"),
         (asyncio.tasks, "_GatheringFuture"),
         (getattr(_GATHERING, "__init__", None), "_children"),
         (asyncio.tasks, "_wait"),
-        *((_WAIT, name) for name in ("waiter", "fs", "timeout_handle")),
+        *((_WAIT, name) for name in ("waiter", "fs", "timeout_handle", "return_when")),
+        *((asyncio.gather, name) for name in ("outer", "return_exceptions")),
         (asyncio.shield, "inner"),
         *_OF_AS_COMPLETED,
         (asyncio.futures, "_chain_future"),

@@ -91,21 +91,21 @@ def _resolve(
     if isinstance(future, asyncio.Task):
         found.tasks.add(future)
         return
-    children: Iterable[asyncio.Future[Any]] | None = internals.gathered(future)
-    if children is None and (inner := internals.shielded(future)) is not None:
-        children, found.passes_on = (inner,), False
-    if children is None and sleeper is not None:
-        children = _awaited_in_frames(sleeper, future, found)
-    if children is None:
+    together = internals.gathered(future)
+    if together is None and (together := internals.shielded(future)) is not None:
+        found.passes_on = False
+    if together is None and sleeper is not None:
+        together = _awaited_in_frames(sleeper, future, found)
+    if together is None or together.is_over:
         found.others = True
         return
-    for child in children:
+    for child in together.futures:
         _resolve(child, found, None)
 
 
 def _awaited_in_frames(
     sleeper: asyncio.Task[Any], future: asyncio.Future[Any], found: Awaited
-) -> Iterable[asyncio.Future[Any]] | None:
+) -> internals.Together | None:
     """What a function of asyncio on a task's await chain waits for by a future of its own; None if none does."""
     caller: FrameType | None = None
     for frame in sleeping_frames(sleeper):
@@ -116,11 +116,11 @@ def _awaited_in_frames(
             frame, locals_of, future
         ) or internals.awaited_by_as_completed(frame, caller, locals_of, _referents(sleeper))
         if waited is not None:
-            found.wakes_at = waited[1]
+            found.wakes_at = waited.wakes_at
             found.passes_on = (
                 frame.f_code is asyncio.wait_for.__code__
             )  # a task of its own before Python 3.12
-            return waited[0]
+            return waited
         caller = frame
     return None
 

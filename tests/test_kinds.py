@@ -303,6 +303,28 @@ async def first_of_a_task_and_a_thread(child: asyncio.Task[None]) -> None:
     await asyncio.wait({child, work}, return_when=asyncio.FIRST_COMPLETED)
 
 
+async def next_of_a_task_and_a_future(child: asyncio.Task[None]) -> None:
+    stop = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(0.3, stop.set_result, None)
+    for first in asyncio.as_completed([child, stop]):
+        await first
+        break
+
+
+async def a_group_with_a_task_that_fails(child: asyncio.Task[None]) -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0.3)
+        raise ValueError
+
+    async def wait_for_it() -> None:
+        await asyncio.shield(child)
+
+    with pytest.raises(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            group.create_task(wait_for_it())
+
+
 async def gather_with_a_future_that_fails(child: asyncio.Task[None]) -> None:
     other = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_later(0.3, other.set_exception, ValueError())
@@ -364,6 +386,7 @@ async def a_task_and_a_callback(child: asyncio.Task[None]) -> None:
 
 OTHERS = (
     first_of_a_task_and_a_future, first_of_a_task_and_an_event, first_of_a_task_and_a_thread,
+    next_of_a_task_and_a_future, a_group_with_a_task_that_fails,
     gather_with_a_future_that_fails, gather_in_a_gather_with_a_future, a_future_of_the_users_own,
     a_group_of_the_users_own, a_wait_of_the_users_own, shield_of_a_future, a_task_and_a_callback,
 )  # fmt: skip
@@ -394,6 +417,35 @@ def _ask_often(scope: PoolScope) -> list[str]:
         time.sleep(0.04)
         causes.append(scope.cause())
     return causes
+
+
+@pytest.mark.parametrize("way", OTHERS, ids=named)
+def test_what_is_just_being_woken_is_not_proved(way: Way, url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=20)
+        scope = PoolScope(engine)
+        loop = asyncio.get_running_loop()
+        causes = set()
+
+        def ask() -> None:
+            # In each round of the loop: so also between what happens and the callback that tells of it.
+            nonlocal next_round
+            causes.add(scope.cause())
+            next_round = loop.call_soon(ask)
+
+        async with engine.connect() as connection:
+            await connection.execute(SELECT)
+            child = asyncio.create_task(price_of(engine))
+            await until(lambda: scope.waiters)
+            next_round = loop.call_soon(ask)
+            await way(child)
+            next_round.cancel()
+        await child
+        assert causes and "deadlock" not in {cause.partition(" until")[0] for cause in causes}
+        assert scope.deadlocks == []
+        await engine.dispose()
+
+    run(main())
 
 
 # Connections that are handed on: by whatever way, whoever took them is not whoever gives them back.

@@ -70,6 +70,23 @@ async def through_gather_of_gathers(engine: AsyncEngine) -> None:
     await asyncio.gather(asyncio.gather(price_of(engine)), asyncio.gather(price_of(engine)))
 
 
+async def fail() -> None:
+    raise ValueError
+
+
+async def through_gather_of_which_some_failed(engine: AsyncEngine) -> None:
+    await asyncio.gather(fail(), price_of(engine), return_exceptions=True)
+
+
+async def through_wait_of_which_some_failed(engine: AsyncEngine) -> None:
+    await asyncio.wait({asyncio.create_task(child) for child in (fail(), price_of(engine))})
+
+
+async def through_wait_for_a_failure_of_which_some_are_done(engine: AsyncEngine) -> None:
+    children = {asyncio.create_task(child) for child in (asyncio.sleep(0), price_of(engine))}
+    await asyncio.wait(children, return_when=asyncio.FIRST_EXCEPTION)
+
+
 async def through_two_levels(engine: AsyncEngine) -> None:
     await asyncio.gather(through_task_group(engine))
 
@@ -86,6 +103,9 @@ WAYS = (
     through_as_completed,
     through_anyio,
     through_gather_of_gathers,
+    through_gather_of_which_some_failed,
+    through_wait_of_which_some_failed,
+    through_wait_for_a_failure_of_which_some_are_done,
 )
 
 
