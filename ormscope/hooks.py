@@ -25,7 +25,9 @@ from ormscope.internals import (
     TAKE,
     is_asynchronous,
     must_wait,
+    record_of_statement,
 )
+from ormscope.ledger import Request
 
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
@@ -83,6 +85,11 @@ class _Hook:
                 getattr(scope.ledger, what)(*about)
             except Exception as error:
                 step_aside(scope, error)
+
+    def step_aside(self, error: Exception) -> None:
+        """Let every scope step aside, because of what is common to all."""
+        for scope in self.attached.scopes:
+            step_aside(scope, error)
 
 
 def _hook_of(owner: Any, name: str) -> _Hook | None:
@@ -151,28 +158,30 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
 
     def do_get() -> Any:
         pool = owner()
+        request = None
         try:
+            request = Request(pool)
             waits = must_wait(pool)
-        except Exception:
-            logger.exception("whether a request has to wait could not be seen")
-            waits = False
-        # A thread may lose a connection that it has seen to another one, and then wait after all.
-        if waits or sleeps:
-            for scope in attached.scopes:
-                try:
-                    scope.ledger.queued(pool, waits)
-                except Exception as error:
-                    step_aside(scope, error)
+            # A thread may lose a connection that it has seen to another one, and then wait after all.
+            if waits or sleeps:
+                for scope in attached.scopes:
+                    try:
+                        scope.ledger.queued(request, waits)
+                    except Exception as error:
+                        step_aside(scope, error)
+        except Exception as error:
+            hook.step_aside(error)
         try:
             record = original(pool)
         except BaseException as error:
             hook.tell("acquire_failed", pool, error)
             raise
-        for scope in attached.scopes:
-            try:
-                scope.ledger.acquired(pool, record)
-            except Exception as error:
-                step_aside(scope, error)
+        if request is not None:
+            for scope in attached.scopes:
+                try:
+                    scope.ledger.acquired(request, record)
+                except Exception as error:
+                    step_aside(scope, error)
         return record
 
     return do_get
@@ -213,10 +222,11 @@ def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
         try:
             original(pool, record)
         finally:
+            is_closed = record.dbapi_connection is None
             for scope in attached.scopes:
-                if scope.ledger.samples is not None:
+                if is_closed or scope.ledger.samples is not None:
                     try:
-                        scope.ledger.available(pool)
+                        scope.ledger.available(pool, record)
                     except Exception as error:
                         step_aside(scope, error)
 
@@ -241,8 +251,7 @@ def _recreate(hook: _Hook, original: _Method) -> _Method:
         try:
             _watch_pool(pool, hook.attached)
         except Exception as error:
-            for scope in hook.attached.scopes:
-                step_aside(scope, error)
+            hook.step_aside(error)
         hook.tell("recreated", pool)
         return pool
 
@@ -254,9 +263,16 @@ def _execute(hook: _Hook, original: _Method) -> _Method:
 
     def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> Any:
         scopes = hook.attached.scopes
+        record = None
+        try:
+            record = None if context is None else record_of_statement(context)
+        except Exception as error:
+            hook.step_aside(error)
+        if record is None:
+            return original(owner(), cursor, statement, parameters, context)
         for scope in scopes:
             try:
-                scope.ledger.statement_begins(context, statement)
+                scope.ledger.statement_begins(record, statement, context)
             except Exception as error:
                 step_aside(scope, error)
         try:
@@ -264,7 +280,7 @@ def _execute(hook: _Hook, original: _Method) -> _Method:
         finally:
             for scope in scopes:
                 try:
-                    scope.ledger.statement_ends(context)
+                    scope.ledger.statement_ends(record)
                 except Exception as error:
                     step_aside(scope, error)
 

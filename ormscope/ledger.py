@@ -15,14 +15,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 
 from ormscope.durations import Durations
-from ormscope.internals import capacity_of, handle_of, parameters_of, record_of_statement
+from ormscope.internals import capacity_of, handle_of, parameters_of
 from ormscope.owners import Owner, TaskOrThread, current
-from ormscope.places import RawPlace, calling_places
-from ormscope.server_limits import Setting, settings_in
+from ormscope.places import calling_places
+from ormscope.server_limits import Setting, may_set_a_limit, settings_in
 from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
+_KEPT_LAST_TAKEN = 100  # before it is looked which of them are closed
 # A thread that has asked for so long is in the queue, whatever it saw before.
 _CERTAIN_SECONDS = 0.005
 
@@ -57,24 +58,29 @@ class Holder:
     local_settings: dict[str, Setting] | None = None
     is_stuck = False
 
-    def __init__(
-        self,
-        owner: Owner,
-        since: float,
-        frames: tuple[RawPlace, ...],
-        pool: Pool,
-        record: ConnectionPoolEntry,
-    ) -> None:
-        self.owner = self.last_user = owner
+    def __init__(self, request: Request, since: float, record: ConnectionPoolEntry) -> None:
+        self.owner = self.last_user = Owner(request.who)
         self.since = self.last_used = since
-        self.frames = frames
-        self.pool = pool
+        self.frames = request.frames
+        self.pool = request.pool
         self.record: ConnectionPoolEntry | None = record  # None once it has come back
 
     def handle(self) -> PoolProxiedConnection | None:
         """What the program holds of the connection; None while it is handed over, or comes back."""
         record = self.record
         return None if record is None else handle_of(record)
+
+
+class Request:
+    """A request for a connection that has just been made: by whom, when (`time.perf_counter()` seconds), and where."""
+
+    __slots__ = ("frames", "pool", "since", "who")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.who = current()
+        self.frames = calling_places()
+        self.since = time.perf_counter()
 
 
 class Waiter:
@@ -86,18 +92,11 @@ class Waiter:
     in_queue = True
     connecting = False
 
-    def __init__(
-        self,
-        who: TaskOrThread,
-        since: float,
-        frames: tuple[RawPlace, ...],
-        pool: Pool,
-        certain: bool,
-    ) -> None:
-        self.who = who
-        self.since = since
-        self.frames = frames
-        self.pool = pool
+    def __init__(self, request: Request, certain: bool) -> None:
+        self.who = request.who
+        self.since = request.since
+        self.frames = request.frames
+        self.pool = request.pool
         self.certain = certain
 
     def waits(self, now: float) -> bool:
@@ -140,7 +139,7 @@ class Ledger:
         self,
         engine: Engine,
         samples: bool,
-        on_queue: Callable[[TaskOrThread, bool], None],
+        on_queue: Callable[[TaskOrThread, bool], object],
         on_return: Callable[[Pool], None],
         on_answer: Callable[[Holder], None],
     ) -> None:
@@ -156,10 +155,9 @@ class Ledger:
         # Connections taken past the queue since somebody in it was served, and when the last of them was.
         self.overtaken = 0
         self.overtaken_at = 0.0
-        # Where a connection that lies in the pool was taken last, and by whom.
-        self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
-            weakref.WeakKeyDictionary()
-        )
+        # Where a connection that lies in the pool was taken last, and by whom; now and then, those closed are dropped.
+        self.last_taken: dict[ConnectionPoolEntry, Holder] = {}
+        self._most_last_taken = _KEPT_LAST_TAKEN
         # The time limits that statements may have set on each connection that was seen from its beginning on.
         self._settings: weakref.WeakKeyDictionary[ConnectionPoolEntry, dict[str, Setting]] = (
             weakref.WeakKeyDictionary()
@@ -176,22 +174,19 @@ class Ledger:
 
     # What the hooks tell.
 
-    def queued(self, pool: Pool, certain: bool) -> None:
+    def queued(self, request: Request, certain: bool) -> None:
         """Somebody asks for a connection, and waits where it is `certain` that none is free."""
-        who = current()
-        waiters = self.waiters
+        who, waiters = request.who, self.waiters
         if who in waiters:  # SQLAlchemy's second attempt within one request
             return
-        now = time.perf_counter()
-        waiter = Waiter(who, now, calling_places(), pool, certain)
         with self.lock:
             if not waiters:
-                self.waiting_began = now
-            waiters[who] = waiter
+                self.waiting_began = request.since
+            waiters[who] = Waiter(request, certain)
             if certain:
-                self._queue_lengths[id(pool)] += 1
+                self._queue_lengths[id(request.pool)] += 1
                 if self.samples is not None:
-                    self._sample(now, pool)
+                    self._sample(request.since, request.pool)
         self._on_queue(who, id(who) in self._held_by)
 
     def connecting(self, pool: Pool) -> None:
@@ -221,21 +216,21 @@ class Ledger:
         text = ": ".join([outcome_of(error), *str(error).splitlines()[:1]])
         self.attempts.append(Attempt(time.perf_counter(), text, cancelled))
 
-    def acquired(self, pool: Pool, record: ConnectionPoolEntry) -> None:
+    def acquired(self, request: Request, record: ConnectionPoolEntry) -> None:
         """A connection was checked out; SQLAlchemy may still look whether it is alive."""
+        pool = request.pool
         if record in self.holders:
             if isinstance(pool, QueuePool):
                 return  # told by the attempt within this one
             with self.lock:
                 self._drop(record)  # several use the one connection of a StaticPool
-        who, now, counts = current(), time.perf_counter(), self.counts
-        waiter = self.waiters.pop(who, None) if self.waiters else None
-        waited = 0.0 if waiter is None else now - waiter.since
-        owner = Owner(who)
-        frames = calling_places() if waiter is None else waiter.frames
-        holder = Holder(owner, now, frames, pool, record)
-        key = owner.key
+        counts = self.counts
+        now = time.perf_counter()
+        holder = Holder(request, now, record)
+        key = holder.owner.key
         with self.lock:
+            waiter = self.waiters.pop(request.who, None)
+            waited = 0.0 if waiter is None else now - waiter.since
             self.last_movement = now
             counts.checkouts += 1
             counts.waits.add(waited)
@@ -246,11 +241,11 @@ class Ledger:
                     self._leaves_queue(waiter)
                 counts.served_after_wait += 1
                 self.overtaken = 0
-            elif self._queue_lengths.get(id(pool)):
+            elif self._queue_lengths[id(pool)]:
                 self.overtaken += 1
                 self.overtaken_at = now
             if self._has_timed_out:
-                self.timed_out.discard(who)
+                self.timed_out.discard(request.who)
                 self._has_timed_out = bool(self.timed_out)
             if self._unseen:
                 self._taken.add(record)
@@ -286,14 +281,18 @@ class Ledger:
             if holder is not None:
                 self.counts.holds.add(now - holder.since)
                 self.last_taken[record] = holder
+                if len(self.last_taken) > self._most_last_taken:
+                    self._forget_closed()
             elif self._unseen and record not in self._taken and current() not in self.waiters:
                 self._unseen -= 1
             self.returned += 1
             self.last_movement = now
         self._on_return(pool)
 
-    def available(self, pool: Pool) -> None:
-        """A connection has come back to its pool."""
+    def available(self, pool: Pool, record: ConnectionPoolEntry) -> None:
+        """A connection has come back to its pool, or was closed, for there is no room for it."""
+        if record.dbapi_connection is None:
+            self.last_taken.pop(record, None)
         if self.samples is not None:
             self._sample(time.perf_counter(), pool)
 
@@ -306,24 +305,29 @@ class Ledger:
         if isinstance(pool, QueuePool):
             pool.checkedin()  # makes its queue now: at the first look, two threads might make one each
         self.overtaken = 0
+        self.last_taken.clear()
 
-    def statement_begins(self, context: ExecutionContext | None, statement: str) -> None:
+    def statement_begins(
+        self, record: ConnectionPoolEntry, statement: str, context: ExecutionContext
+    ) -> None:
         """A statement goes to the server."""
-        holder = self._holder_of(context)
-        if context is not None and holder is not None:
-            for setting in settings_in(statement, lambda: parameters_of(context)):
+        holder = self.holders.get(record)
+        if holder is None:
+            return
+        if may_set_a_limit(statement):
+            for setting in settings_in(statement, parameters_of(context)):
                 self._note_setting(holder, setting)
-            holder.last_sql = statement
-            holder.statements += 1
-            if holder.users is not None:
-                holder.users, holder.is_lost = None, False
-            who = current()
-            if holder.last_user.subject is not who:
-                holder.last_user = Owner(who)
+        holder.last_sql = statement
+        holder.statements += 1
+        if holder.users is not None:
+            holder.users, holder.is_lost = None, False
+        who = current()
+        if holder.last_user.key != id(who) or holder.last_user.subject is not who:
+            holder.last_user = Owner(who)
 
-    def statement_ends(self, context: ExecutionContext | None) -> None:
+    def statement_ends(self, record: ConnectionPoolEntry) -> None:
         """The server has answered, or will not."""
-        holder = self._holder_of(context)
+        holder = self.holders.get(record)
         if holder is not None and holder.statements:
             holder.statements -= 1
             holder.last_used = time.perf_counter()
@@ -338,6 +342,14 @@ class Ledger:
             known[setting.name] = setting
         holder.local_settings = {**(holder.local_settings or {}), setting.name: setting}
 
+    def _forget_closed(self) -> None:
+        self.last_taken = {
+            record: holder
+            for record, holder in self.last_taken.items()
+            if record.dbapi_connection is not None
+        }
+        self._most_last_taken = _KEPT_LAST_TAKEN + 2 * len(self.last_taken)
+
     def _drop(self, record: ConnectionPoolEntry) -> Holder | None:
         holder = self.holders.pop(record, None)
         if holder is not None:
@@ -349,10 +361,6 @@ class Ledger:
                 del self._held_by[key]
             holder.record = None
         return holder
-
-    def _holder_of(self, context: ExecutionContext | None) -> Holder | None:
-        record = None if context is None else record_of_statement(context)
-        return None if record is None else self.holders.get(record)
 
     def _leaves_queue(self, waiter: Waiter) -> None:
         if waiter.in_queue:

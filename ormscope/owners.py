@@ -24,7 +24,8 @@ class Owner:
     def __init__(self, subject: TaskOrThread) -> None:
         self._reference = weakref.ref(subject)
         self.key = id(subject)  # another subject may have it once this one is gone
-        self.name = name_of(subject)
+        # As `name_of` has it: this is done for each checkout.
+        self.name = subject.get_name() if isinstance(subject, asyncio.Task) else subject.name
 
     @property
     def subject(self) -> TaskOrThread | None:

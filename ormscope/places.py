@@ -78,8 +78,8 @@ def _users(frames: list[FrameType]) -> tuple[RawPlace, ...]:
 
 
 _MOST_KNOWN = 1_000
-# What `calling_places` has returned, by the ids of the code objects, which are kept by it, and the lines. The same
-# tuple for the same places: else each of thousands in line would keep several for the garbage collector to look at.
+# What `calling_places` has returned, by the ids of the code objects, which are kept by it, and the instructions. It is
+# the same tuple for the same places: thousands in line would else keep several each for the collector to look at.
 _known: dict[tuple[int, ...], tuple[RawPlace, ...]] = {}
 
 
@@ -91,19 +91,17 @@ def calling_places() -> tuple[RawPlace, ...]:
     the user has code only by `run_sync`.
     """
     frames: list[FrameType] = []
+    key: list[int] = []
     parent = greenlet.getcurrent().parent
     if parent is None:
-        _add_users(sys._getframe(1), frames)
+        _add_users(sys._getframe(1), frames, key)
     else:
         if _comes_from_run_sync(parent.gr_frame):
-            _add_users(sys._getframe(1), frames)
+            _add_users(sys._getframe(1), frames, key)
         while parent is not None and len(frames) < _MOST_FRAMES:
-            if _add_users(parent.gr_frame, frames):
+            if _add_users(parent.gr_frame, frames, key):
                 break
             parent = parent.parent
-    key: list[int] = []
-    for frame in frames:
-        key += (id(frame.f_code), frame.f_lineno)
     found = _known.get(tuple(key))
     if found is None:
         if len(_known) >= _MOST_KNOWN:
@@ -119,15 +117,19 @@ def _comes_from_run_sync(frame: FrameType | None) -> bool:
     return caller is not None and caller.f_code.co_name == "run_sync"
 
 
-def _add_users(frame: FrameType | None, frames: list[FrameType]) -> bool:
+def _add_users(frame: FrameType | None, frames: list[FrameType], key: list[int]) -> bool:
     """Add the user's frames of a stack; whether the loop was reached: below it is whoever started it."""
-    while frame is not None and len(frames) < _MOST_FRAMES:
+    known = _is_user_code
+    while frame is not None:
         code = frame.f_code
-        user = _is_user_code.get(code.co_filename)
-        if user is None:
-            user = is_user_code(code.co_filename)
-        if user and (code.co_filename != "<string>" or is_users(frame)):
-            frames.append(frame)
+        filename = code.co_filename
+        # A line has to be worked out from the instruction, which takes the longer the longer the function is.
+        if known[filename] if filename in known else is_user_code(filename):
+            if filename != "<string>" or is_users(frame):
+                frames.append(frame)
+                key += (id(code), frame.f_lasti)
+                if len(frames) == _MOST_FRAMES:
+                    break
         elif code is LOOP_STEP:
             return True
         frame = frame.f_back

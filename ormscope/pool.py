@@ -92,7 +92,8 @@ class PoolScope:
         self.failure: str | None = None
         self.proof: Proof | None = None
         self.lacking = internals.missing()
-        self.ledger = Ledger(self.engine, samples, self._on_queue, self._on_return, self._on_answer)
+        on_queue = proof.ignore if "proof" in self.lacking else proof.begin
+        self.ledger = Ledger(self.engine, samples, on_queue, self._on_return, self._on_answer)
         self._last: tuple[Proof, Verdict] | None = None
         self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Verdict | None]]] = []
         self._closed = False
@@ -324,10 +325,6 @@ class PoolScope:
         return await ask(self)
 
     # What the ledger tells.
-
-    def _on_queue(self, who: TaskOrThread, holds: bool) -> None:
-        if "proof" not in self.lacking:
-            proof.begin(who, holds)
 
     def _on_return(self, pool: Pool) -> None:
         if self.proof is not None:

@@ -102,6 +102,10 @@ def begin(who: TaskOrThread, holds: bool) -> None:
         watch.begin(_look, soon=holds)
 
 
+def ignore(who: TaskOrThread, holds: bool) -> None:
+    """What is called in place of `begin` where nothing can be proved."""
+
+
 def _look(loop: asyncio.AbstractEventLoop, soon: bool) -> bool | None:
     """Look from a loop's own thread, between two of its steps."""
     watched = list(scopes)
