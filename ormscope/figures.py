@@ -23,6 +23,7 @@ def figures_of(scope: PoolScope) -> dict[str, float]:
         "deadlocks": scope.deadlock_count,
         "connections_opened": scope.opened,
         "connections_closed": scope.closed,
+        "connects_failed": scope.connects_failed,
     }
     if isinstance(pool, QueuePool):
         figures["checked_in"] = pool.checkedin()

@@ -45,6 +45,7 @@ _COUNTERS = {
     # Not "created": OpenMetrics keeps that ending of a name for itself.
     "connections_opened": "Connections to the server that were opened.",
     "connections_closed": "Connections to the server that were closed.",
+    "connects_failed": "Connections to the server that could not be opened.",
 }
 
 

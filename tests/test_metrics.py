@@ -28,6 +28,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
@@ -117,6 +118,7 @@ def test_metrics_of_an_idle_pool(url: str) -> None:
             "deadlocks_total": 0,
             "connections_opened_total": 2,
             "connections_closed_total": 0,
+            "connects_failed_total": 0,
             "wait_seconds_count": 2,
             "wait_seconds_sum": 0,
             "hold_seconds_count": 2,
@@ -174,6 +176,19 @@ def test_timeouts_and_waits_that_were_given_up(url: str) -> None:
         assert (found["wait_seconds_count"], found["waiting"]) == (3, 0)
         assert found["wait_seconds_sum"] >= 0.19
         await engine.dispose()
+
+    run(main())
+
+
+def test_connects_that_fail(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'missing' / 'shop.db'}")
+        registry = registered(PoolScope(engine))
+        for count in (1, 2):
+            with pytest.raises(OperationalError):
+                await price_of(engine)
+            assert values(registry)["connects_failed_total"] == count
+        assert values(registry)["connections_opened_total"] == 0
 
     run(main())
 
@@ -308,7 +323,7 @@ def test_the_exposition_is_one(url: str) -> None:
         registry = registered(PoolScope(engine), loop=LoopScope())
         await price_of(engine)
         families = list(text_string_to_metric_families(generate_latest(registry).decode()))
-        assert len(families) == 15
+        assert len(families) == 16
         again = list(openmetrics_families(openmetrics.generate_latest(registry).decode()))
         assert [one.name for one in again] == [one.name for one in families]
         for family in families:
