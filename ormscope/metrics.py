@@ -29,6 +29,8 @@ from ormscope.verdict import Cause
 
 ALERTS = Path(__file__).with_name("alerts.yml")
 """Two alert rules for these metrics: a file for Prometheus's `rule_files`."""
+DASHBOARD = Path(__file__).with_name("dashboard.json")
+"""A dashboard of these metrics: a file for Grafana to import, or to be provisioned with."""
 
 _GAUGES = {
     "checked_out": "Connections checked out.",

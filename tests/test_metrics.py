@@ -549,7 +549,7 @@ def test_hurried_rules_are_the_same_but_for_their_minutes() -> None:
 
 def start_prometheus(port: int) -> Prometheus:
     program("prometheus")
-    return Prometheus(port, hurried(ALERTS.read_text(), 60))
+    return Prometheus([port], hurried(ALERTS.read_text(), 60))
 
 
 async def nested_order(engine: AsyncEngine) -> None:
@@ -665,7 +665,7 @@ def test_prometheus_goes_with_who_started_it(
     script = (
         "import os, signal\n"
         "from workshop.prometheus import Prometheus, free_port\n"
-        "kept = Prometheus(free_port(), 'groups: []')\n"
+        "kept = Prometheus([free_port()], 'groups: []')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1])
@@ -679,7 +679,7 @@ def test_prometheus_finds_its_rules_in_any_folder(
     program("prometheus")
     monkeypatch.setenv("TMPDIR", str(sandbox / "tmp"))
     always = "groups: [{name: a, rules: [{alert: Always, expr: vector(1), labels: {pool: b}}]}]"
-    prometheus = Prometheus(free_port(), always)
+    prometheus = Prometheus([free_port()], always)
     try:
         assert await_that(prometheus.fired, 20)
         assert prometheus.fired() == {("Always", "b")}
@@ -691,10 +691,10 @@ def test_prometheus_finds_its_rules_in_any_folder(
 def test_prometheus_that_does_not_start_says_so() -> None:
     program("prometheus")
     with pytest.raises(Mistake, match="did not start"):
-        Prometheus(free_port(), "groups: [{name: 1, rules: [{expr: '('}]}]")
+        Prometheus([free_port()], "groups: [{name: 1, rules: [{expr: '('}]}]")
 
 
 def test_no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Mistake, match="no program named prometheus"):
-        Prometheus(free_port(), "groups: []")
+        Prometheus([free_port()], "groups: []")

@@ -106,7 +106,10 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         f"ormscope/{path.relative_to(ROOT / 'ormscope').as_posix()}"
         for path in (ROOT / "ormscope").rglob("*.py")
     }
-    data = {"ormscope/py.typed", "ormscope/alerts.yml", "ormscope/lab/style.mplstyle"}
+    data = {
+        f"ormscope/{name}"
+        for name in ("py.typed", "alerts.yml", "dashboard.json", "lab/style.mplstyle")
+    }
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == sources | data
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

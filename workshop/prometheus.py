@@ -115,12 +115,14 @@ def hurried(rules: str, factor: float) -> str:
 
 
 class Prometheus:
-    """A Prometheus that scrapes one port of 127.0.0.1 and evaluates alert rules, until `close()`.
+    """A Prometheus that scrapes some ports of 127.0.0.1 and evaluates alert rules, until `close()`.
 
     Raises Mistake where the program is missing, or does not start.
     """
 
-    def __init__(self, target: int, rules: str, scrape_seconds: float = _SCRAPE_SECONDS) -> None:
+    def __init__(
+        self, ports: Sequence[int], rules: str, scrape_seconds: float = _SCRAPE_SECONDS
+    ) -> None:
         program = shutil.which("prometheus")
         if program is None:
             raise Mistake("There is no program named prometheus here.")
@@ -133,7 +135,10 @@ class Prometheus:
             },
             "rule_files": ["alerts.yml"],
             "scrape_configs": [
-                {"job_name": "shop", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
+                {
+                    "job_name": "shop",
+                    "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}],
+                }
             ],
         }
         port = free_port()
@@ -162,7 +167,7 @@ class Prometheus:
             # It says that it is ready some seconds before it takes over what it is to scrape.
             with contextlib.suppress(*_ABSENT):
                 targets = self._get("targets")["activeTargets"]
-                if any(one["health"] != "unknown" for one in targets):
+                if targets and all(one["health"] != "unknown" for one in targets):
                     return
             time.sleep(0.05)
         raise Mistake("Prometheus did not start. Run `prometheus --version` to see why.")
@@ -174,6 +179,10 @@ class Prometheus:
         ]
         return answer
 
+    def values(self, label: str, series: str) -> list[str]:
+        """The values of a label, over all series that a selector matches."""
+        return list(self._get(f"label/{label}/values?{urlencode({'match[]': series})}"))
+
     def alerts(self) -> list[dict[str, Any]]:
         """The alerts that are pending or firing now."""
         answer: list[dict[str, Any]] = self._get("alerts")["alerts"]
@@ -184,10 +193,9 @@ class Prometheus:
         found = self.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
         return {(one["metric"]["alertname"], one["metric"]["pool"]) for one in found}
 
-    def _get(self, what: str) -> dict[str, Any]:
+    def _get(self, what: str) -> Any:
         with _open(f"{self._url}/api/v1/{what}", timeout=10) as answer:
-            data: dict[str, Any] = json.load(answer)["data"]
-        return data
+            return json.load(answer)["data"]
 
     def close(self) -> None:
         """End it, and wait until it and its folder are gone."""
@@ -228,7 +236,7 @@ class Monitor:
         self.scrapes: list[Scrape] = []
         installed = shutil.which("prometheus") is not None
         rules = hurried(ALERTS.read_text(encoding="utf-8"), HURRY)
-        self._prometheus = Prometheus(self.port, rules) if installed else None
+        self._prometheus = Prometheus([self.port], rules) if installed else None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._scrape_for_ever, name="monitor", daemon=True)
         self._thread.start()
