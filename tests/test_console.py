@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -25,6 +24,7 @@ from console_picture import PICTURE, ROOT, lines_of, service, shows
 from helpers import SELECT, cancelled, price_of, run, until
 from leftovers import await_that
 from sqlalchemy.ext.asyncio import create_async_engine
+from terminals import needs_tmux, terminal
 
 from ormscope import Console, LoopScope, PoolScope, console, console_folder, serve_console
 from ormscope.__main__ import main as command
@@ -522,49 +522,18 @@ def test_no_answer_is_told_from_no_console(server: Server) -> None:
         assert not isinstance(told.value, NoAnswerError)
 
 
-@pytest.mark.skipif(
-    shutil.which("tmux") is None and os.environ.get("CI") != "true", reason="tmux is not installed"
-)
+@needs_tmux
 def test_the_view_in_a_real_terminal(server: Server, tmp_path: Path) -> None:
-    # A terminal's size is what it says itself, not what these say of another one.
-    surroundings = {
-        name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")
-    }
-
-    def tmux(*arguments: str) -> str:
-        return subprocess.run(
-            ["tmux", "-S", str(tmp_path / "tmux"), "-f", "/dev/null", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=surroundings,
-        ).stdout
-
     with service("starved", server.url) as (process, _):
-        tmux("new-session", "-d", "-x", "150", "-y", "40", "-s", "view", "-c", str(ROOT), "cat")
-        try:
-            tmux(
-                "respawn-pane",
-                "-k",
-                "-t",
-                "view",
-                f"'{sys.executable}' -m ormscope console {process.pid}; echo status: $?; cat",
-            )
-
-            def screen() -> str:
-                return tmux("capture-pane", "-p", "-t", "view")
-
-            assert await_that(lambda: "deadlock" in screen() and "GET /price/11" in screen(), 30), (
-                screen()
-            )
-            tmux("send-keys", "-t", "view", "r")
-            assert await_that(lambda: "DEADLOCK in orders" in screen(), 30), screen()
-            tmux("send-keys", "-t", "view", "q")
-            assert await_that(lambda: "DEADLOCK" not in screen(), 30), screen()
-            tmux("send-keys", "-t", "view", "q")
-            assert await_that(lambda: "status: 0" in screen(), 30), screen()
-        finally:
-            tmux("kill-server")
+        command = f"'{sys.executable}' -m ormscope console {process.pid}; echo status: $?; cat"
+        with terminal(command, tmp_path / "tmux", ROOT) as view:
+            view.shows("deadlock", "GET /price/11")
+            view.types("r")
+            view.shows("DEADLOCK in orders")
+            view.types("q")
+            assert await_that(lambda: "DEADLOCK" not in view.screen(), 30), view.screen()
+            view.types("q")
+            view.shows("status: 0")
 
 
 def test_the_picture_tells_what_the_view_shows() -> None:

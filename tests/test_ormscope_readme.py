@@ -1,4 +1,6 @@
-"""ormscope/README.md: its code runs from top to bottom on the real server, and prints what it says."""
+"""ormscope/README.md: its code runs from top to bottom on the real server, and prints what it says.
+
+Its service, shop.py, is run by test_uvicorn.py."""
 
 from __future__ import annotations
 
@@ -14,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from helpers import PATIENCE
 
@@ -66,7 +67,6 @@ def test_the_code_on_the_page(
     async def main() -> None:
         async with asyncio.timeout(2 * PATIENCE):
             await page.runs(tmp_path, capsys)
-            await the_endpoint_answers(page.names)
             await the_workers_have_a_port_each(page.names)
             await asyncio.to_thread(the_thread_answers, page.names)
         page.names["scope"].close()
@@ -76,18 +76,6 @@ def test_the_code_on_the_page(
     asyncio.run(main())
     what_it_prints_is_on_the_page(page.printed)
     assert any("ORMSCOPE, process " in text and "POOL orders: " in text for text in page.printed)
-
-
-async def the_endpoint_answers(names: dict[str, Any]) -> None:
-    app = names["app"]
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client,
-    ):
-        answer = await client.get("/debug/pool")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/plain")
-    assert answer.text.startswith("POOL shop: ")
 
 
 async def the_workers_have_a_port_each(names: dict[str, Any]) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from test_packaging import run_uv
+from environments import ROOT, SERIES, build_wheel, new_environment
 
 from workshop.database import Server
-
-ROOT = Path(__file__).parents[1]
-SERIES = {"2.0": "sqlalchemy>=2.0,<2.1", "2.1": "sqlalchemy>=2.1,<2.2"}
 
 IMPORTS = """
 import json, sys
@@ -67,11 +62,7 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the source distribution as an index would have it."""
-    folder = tmp_path_factory.mktemp("dist")
-    run_uv("build", str(ROOT / "ormscope"), "--out-dir", str(folder), cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module", params=SERIES)
@@ -80,14 +71,7 @@ def python(
 ) -> str:
     """The Python of a new environment with the wheel, a series of SQLAlchemy, and asyncpg."""
     folder = tmp_path_factory.mktemp("environment")
-    run_uv("venv", "--no-project", "--python", sys.executable, str(folder / "venv"), cwd=folder)
-    found = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    run_uv(
-        *["pip", "install", "--python", str(found), str(wheel)],
-        *["asyncpg", SERIES[request.param]],
-        cwd=folder,
-    )
-    return str(found)
+    return str(new_environment(folder, str(wheel), "asyncpg", SERIES[request.param]))
 
 
 def said(python: str, script: str, *arguments: str) -> str:

@@ -1,15 +1,14 @@
 """pyproject.toml, requirements.lock and environment.yml agree, and every package has a wheel."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from environments import run_uv
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -51,21 +50,6 @@ def locked_packages() -> dict[str, list[str]]:
         elif not line.startswith("#"):
             details.append(line)
     return entries
-
-
-def run_uv(*arguments: str, cwd: Path, **environ: str) -> None:
-    """Run uv; skip where the package index is out of reach, but never in CI."""
-    result = subprocess.run(
-        [sys.executable, "-m", "uv", *arguments],
-        cwd=cwd,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-    )
-    is_offline = re.search("error sending request|network was disabled", result.stderr)
-    if is_offline and os.environ.get("CI") != "true":
-        pytest.skip("the package index is out of reach")
-    assert result.returncode == 0, result.stderr
 
 
 def test_environment_yml_has_the_bounds_of_pyproject() -> None:

@@ -1,0 +1,44 @@
+"""New environments with the wheel of ormscope, made by uv from its cache: as people get it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SERIES = {"2.0": "sqlalchemy>=2.0,<2.1", "2.1": "sqlalchemy>=2.1,<2.2"}
+
+
+def run_uv(*arguments: str, cwd: Path, **environ: str) -> None:
+    """Run uv; skip where the package index is out of reach, but never in CI."""
+    result = subprocess.run(
+        [sys.executable, "-m", "uv", *arguments],
+        cwd=cwd,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+    )
+    is_offline = re.search("error sending request|network was disabled", result.stderr)
+    if is_offline and os.environ.get("CI") != "true":
+        pytest.skip("the package index is out of reach")
+    assert result.returncode == 0, result.stderr
+
+
+def build_wheel(folder: Path) -> Path:
+    """The wheel, built into a folder from the source distribution as an index would have it."""
+    run_uv("build", str(ROOT / "ormscope"), "--out-dir", str(folder), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def new_environment(folder: Path, *requirements: str) -> Path:
+    """The Python of a new environment in a folder, with these packages and nothing of ours."""
+    run_uv("venv", "--no-project", "--python", sys.executable, str(folder / "venv"), cwd=folder)
+    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    run_uv("pip", "install", "--python", str(python), *requirements, cwd=folder)
+    return python
