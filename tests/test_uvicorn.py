@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import urllib.error
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from leftovers import await_that
 from terminals import Terminal, needs_tmux, terminal
 
 from workshop.database import Server
-from workshop.prometheus import free_port
+from workshop.prometheus import ask, free_port
 
 PAGE = (ROOT / "ormscope" / "README.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("## Ten minutes in a service") : PAGE.index("## The pytest plugin")]
@@ -34,6 +35,12 @@ INSTALL, EXPORT, SERVE = START
 ORDERS, REPORT, SIGNAL, CONSOLE, METRICS = READ
 INVOICE, REPORT_IN_VAIN = BLOCK
 CURL_TIMED_OUT = 28
+
+# The same with `uvicorn --workers`: a port for each, as another section of the page has it.
+(SERVE_METRICS,) = re.findall(r"^```python\n(def serve_metrics.*?)^```$", PAGE, re.M | re.S)
+WORKERS = APP.replace('start_http_server(9100, "127.0.0.1")', "serve_metrics(9100)").replace(
+    "@asynccontextmanager\n", f"registry = REGISTRY\n\n\n{SERVE_METRICS}\n\n@asynccontextmanager\n"
+)
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="the commands are those of a Unix shell"),
@@ -104,7 +111,7 @@ def programs(
 
 
 @contextmanager
-def served(programs: Path, server: Server) -> Iterator[Shop]:
+def served(programs: Path, server: Server, app: str = APP, *, workers: int = 1) -> Iterator[Shop]:
     """The page's service, as its commands start it, but on free ports."""
     assert re.fullmatch(r"export DATABASE_URL=postgresql\+asyncpg://\S+", EXPORT)
     ports = {"8000": str(free_port()), "9100": str(free_port())}
@@ -119,26 +126,33 @@ def served(programs: Path, server: Server) -> Iterator[Shop]:
             "TERM": "xterm-256color",
         }
         with (folder / "log").open("w") as log:
-            (folder / "shop.py").write_text(APP.replace("9100", ports["9100"]))
+            (folder / "shop.py").write_text(app.replace("9100", ports["9100"]))
             process = subprocess.Popen(
-                ["bash", "-c", "exec " + SERVE.replace("8000", ports["8000"])],
+                [
+                    "bash",
+                    "-c",
+                    f"WEB_CONCURRENCY={workers} exec {SERVE.replace('8000', ports['8000'])}",
+                ],
                 cwd=folder,
                 env=surroundings,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
         shop = Shop(process, folder, surroundings, ports)
         try:
-            assert await_that(lambda: "startup complete" in shop.log, PATIENCE), shop.log
-            assert f"[{process.pid}]" in shop.log.splitlines()[0]
+            started = "Application startup complete"
+            assert await_that(lambda: shop.log.count(started) == workers, PATIENCE), shop.log
             yield shop
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def test_a_starved_service_is_read_in_four_ways(programs: Path, server: Server) -> None:
     with served(programs, server) as shop:
+        assert f"[{shop.process.pid}]" in shop.log.splitlines()[0]
         shop.run(ORDERS)
         assert await_that(lambda: "DEADLOCK in shop" in shop.run(REPORT), PATIENCE)
         report = shop.run(REPORT)
@@ -187,12 +201,20 @@ def test_three_ways_lead_into_a_blocked_service(programs: Path, server: Server) 
         assert float(lag) >= 2
 
 
-def test_it_ends_as_it_would_without(programs: Path, server: Server) -> None:
-    with served(programs, server) as shop:
-        shop.run(METRICS)
+def test_two_workers_have_a_port_each_and_end_as_they_would_without(
+    programs: Path, server: Server
+) -> None:
+    with served(programs, server, WORKERS, workers=2) as shop:
+        found = []
+        for port in range(int(shop.ports["9100"]), int(shop.ports["9100"]) + 4):
+            with suppress(urllib.error.URLError):
+                found.append(ask(port, timeout=PATIENCE))
+        assert (
+            len([text for text in found if 'sqlalchemy_pool_waiting{pool="shop"} 0.0' in text]) == 2
+        )
         shop.process.send_signal(signal.SIGINT)
         shop.process.wait(PATIENCE)
-        assert "Application shutdown complete" in shop.log
+        assert shop.log.count("Application shutdown complete") == 2
         assert "Traceback" not in shop.log
 
 
