@@ -371,7 +371,7 @@ def run_npm(*arguments: str, cwd: Path) -> None:
     """Run npm; skip where its registry is out of reach, but never in CI."""
     done = subprocess.run(["npm", *arguments], cwd=cwd, capture_output=True, text=True)
     if (
-        re.search("ENOTFOUND|ECONNREFUSED|ETIMEDOUT", done.stderr)
+        re.search("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT", done.stderr)
         and os.environ.get("CI") != "true"
     ):
         pytest.skip("npm's registry is out of reach")

@@ -11,19 +11,26 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from helpers import PATIENCE
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from helpers import PATIENCE, run, until
+from sqlalchemy import create_engine
 
 import ormscope
 import ormscope.metrics
 import ormscope.otel
+from ormscope import PoolScope
 from workshop.database import Server
 from workshop.prometheus import free_port
+from workshop.service import serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "ormscope" / "README.md").read_text(encoding="utf-8")
@@ -109,6 +116,44 @@ def read(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
         found: bytes = answer.read()
     return found.decode()
+
+
+def test_a_route_for_the_report_must_not_need_a_thread(server: Server) -> None:
+    """Synchronous routes that wait for a connection keep all threads that FastAPI has for `def`."""
+    engine = create_engine(
+        server.url.replace("+asyncpg", "+psycopg"), pool_size=1, max_overflow=0, pool_timeout=60
+    )
+    scope, app, go_on = PoolScope(engine, "shop"), FastAPI(), threading.Event()
+
+    @app.get("/orders")
+    def place_order() -> None:
+        with engine.connect():
+            go_on.wait(PATIENCE)
+
+    @app.get("/report", response_class=PlainTextResponse)
+    async def report() -> str:
+        return scope.report()
+
+    @app.get("/report-by-a-thread", response_class=PlainTextResponse)
+    def report_by_a_thread() -> str:
+        return scope.report()
+
+    async def main() -> None:
+        async with serving(app) as client:
+            orders = [asyncio.create_task(client.get("/orders")) for _ in range(40)]
+            try:
+                await until(lambda: len(scope.waiters) == 39)
+                answer = await client.get("/report")
+                assert answer.text.startswith("POOL shop: 1 of 1 checked out, 39 waiting")
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.get("/report-by-a-thread", timeout=1)
+            finally:
+                go_on.set()
+            await asyncio.gather(*orders)
+            assert (await client.get("/report-by-a-thread")).status_code == 200
+
+    run(main())
+    engine.dispose()
 
 
 def what_it_prints_is_on_the_page(printed: list[str]) -> None:
