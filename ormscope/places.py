@@ -27,7 +27,11 @@ def _folder(path: str) -> str:
 
 
 _STANDARD_LIBRARY = _folder(sysconfig.get_path("stdlib"))
-_SITE_PACKAGES = tuple(_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+# Not only the environment's own: Debian, the user and `uv run --with` have a folder each beside it.
+_SITE_PACKAGES = tuple(
+    {_folder(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    | {_folder(entry) for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
+)
 _SQLALCHEMY = _folder(os.path.dirname(sqlalchemy.__file__))
 _MACHINERY = (_folder(os.path.dirname(__file__)), _SQLALCHEMY)
 # Between a notebook's cell and the event loop.

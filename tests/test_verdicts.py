@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from sqlalchemy.util import await_only
 from ormscope import PoolScope, Verdict
 from workshop.database import Server
 
+ROOT = Path(__file__).parents[1]
 SLOW = text("select pg_sleep(2)")
 
 
@@ -285,6 +289,21 @@ def test_a_framework_may_run_the_code_that_waits_in_a_task_of_its_own(server: Se
     assert verdict.cause == "held across a foreign await"
     (holding,) = verdict.holding
     assert holding.elsewhere is not None and holding.elsewhere.function == "stream", str(verdict)
+
+
+def test_packages_stand_in_more_than_one_folder(tmp_path: Path) -> None:
+    """Debian, the user and `uv run --with` have one beside that of the environment."""
+    script = """
+import sys
+sys.path.append(sys.argv[1] + "/site-packages")
+from ormscope.places import is_library
+import pytest
+print(*(is_library(file) for file in (pytest.__file__, sys.path[-1] + "/a/b.py", sys.argv[1] + "/b.py")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "True True False\n", done.stderr
 
 
 def test_who_is_cancelled_while_connecting_leaves_the_queue_asleep(server: Server) -> None:
