@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,27 @@ from workshop.generator import is_as_made
 # test of an interrupt could ever end. With a handler of our own they start with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "the event loop of the tests in this process; what they start is on asyncio's"
+    parser.addoption("--loop", choices=["asyncio", "uvloop"], default="asyncio", help=help)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run each `asyncio.run` on the loop that is asked for: the policy is the one way that Python 3.11 has, too."""
+    if config.getoption("--loop") == "uvloop":
+        import uvloop
+
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # from 3.14 on
+            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
+@pytest.fixture(autouse=True)
+def _skip_on_uvloop(request: pytest.FixtureRequest) -> None:
+    marker = request.node.get_closest_marker("asyncios_loop")
+    if marker and request.config.getoption("--loop") == "uvloop":
+        pytest.skip(marker.args[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

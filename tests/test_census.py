@@ -672,6 +672,7 @@ def test_no_garbage(keep: Callable[[], Iterator[None]], wanted: set[tuple[str, s
     assert not SessionCensus().alive
 
 
+@pytest.mark.asyncios_loop("another loop does not tell what it will call later")
 def test_a_callback_of_an_event_loop() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

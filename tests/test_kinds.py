@@ -69,6 +69,9 @@ async def move_on_after(child: asyncio.Task[None]) -> None:
         await asyncio.shield(child)
 
 
+TELLS_TIMERS = pytest.mark.asyncios_loop("another loop does not tell what it will call later")
+
+
 async def a_cancel_later(child: asyncio.Task[None]) -> None:
     asyncio.get_running_loop().call_later(0.6, asyncio.current_task().cancel)  # type: ignore[union-attr]
     await asyncio.shield(child)
@@ -81,8 +84,9 @@ async def a_callback_that_cancels_later(child: asyncio.Task[None]) -> None:
 
 
 LIMITS = (
-    timeout, wait_for, wait, as_completed, fail_after, move_on_after, a_cancel_later,
-    a_callback_that_cancels_later,
+    timeout, wait_for, wait, as_completed, fail_after, move_on_after,
+    pytest.param(a_cancel_later, marks=TELLS_TIMERS),
+    pytest.param(a_callback_that_cancels_later, marks=TELLS_TIMERS),
 )  # fmt: skip
 
 
