@@ -338,6 +338,7 @@ _AS_COMPLETED_CODES = (
     else frozenset({_code(_AS_COMPLETED, "_handle_timeout")})
 )
 LOOP_STEP = _code(asyncio.Handle, "_run")
+LOOP_RUN = _code(asyncio.Runner, "run")  # a loop written in C has no frames for its steps (uvloop)
 
 # The drivers.
 

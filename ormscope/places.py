@@ -14,7 +14,7 @@ from types import CodeType, FrameType
 import greenlet
 import sqlalchemy
 
-from ormscope.internals import LOOP_STEP
+from ormscope.internals import LOOP_RUN, LOOP_STEP
 from ormscope.owners import TaskOrThread
 from ormscope.stacks import sleeping_frames, thread_frames
 
@@ -134,7 +134,7 @@ def _add_users(frame: FrameType | None, frames: list[FrameType], key: list[int])
                 key += (id(code), frame.f_lasti)
                 if len(frames) == _MOST_FRAMES:
                     break
-        elif code is LOOP_STEP:
+        elif code is LOOP_STEP or code is LOOP_RUN:
             return True
         frame = frame.f_back
     return False

@@ -38,7 +38,7 @@ import greenlet
 from sqlalchemy.engine import Dialect, Engine, ExecutionContext
 from sqlalchemy.pool import Pool
 
-from ormscope.internals import LOOP_STEP, callback_of
+from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of
 from ormscope.loops import known_loops
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.stacks import awaited_step, frame_of, greenlet_frames, locals_of, steps_of
@@ -319,7 +319,7 @@ class _Search:
     ) -> None:
         while frame is not None:
             # Within the loop's step, the functions are those of the task that runs now.
-            if frame.f_code is LOOP_STEP:
+            if frame.f_code is LOOP_STEP or frame.f_code is LOOP_RUN:
                 task = None
             self._note_variables(frame, thread if task is None else task)
             frame = frame.f_back

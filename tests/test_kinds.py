@@ -709,23 +709,30 @@ def test_a_session_that_a_child_began_is_not_leaked(way: Way, url: str) -> None:
     run(main())
 
 
-def test_sessions_that_a_warm_up_took_are_not_leaked(url: str) -> None:
+async def warm_up(url: str) -> None:
     """gather makes a task of each connect(); the list is that of whoever awaited it."""
+    engine = create_async_engine(url, pool_size=3, max_overflow=0, pool_timeout=20)
+    scope = PoolScope(engine)
+    connections = await asyncio.gather(*(engine.connect() for _ in range(3)))
+    asking = asyncio.create_task(price_of(engine))
+    await until(lambda: scope.waiters)
+    causes = await asyncio.to_thread(_ask_often, scope)
+    assert "leaked" not in causes
+    for connection in connections:
+        await connection.close()
+    await asking
+    await engine.dispose()
 
-    async def main() -> None:
-        engine = create_async_engine(url, pool_size=3, max_overflow=0, pool_timeout=20)
-        scope = PoolScope(engine)
-        connections = await asyncio.gather(*(engine.connect() for _ in range(3)))
-        asking = asyncio.create_task(price_of(engine))
-        await until(lambda: scope.waiters)
-        causes = await asyncio.to_thread(_ask_often, scope)
-        assert "leaked" not in causes
-        for connection in connections:
-            await connection.close()
-        await asking
-        await engine.dispose()
 
-    run(main())
+def test_sessions_that_a_warm_up_took_are_not_leaked(url: str) -> None:
+    run(warm_up(url))
+
+
+def test_nor_are_they_on_a_loop_whose_steps_have_no_frames(url: str) -> None:
+    """Below a task's own functions then comes whoever started the loop: he has taken nothing."""
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(warm_up(url))
 
 
 # Asked where people ask.

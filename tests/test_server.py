@@ -624,7 +624,7 @@ def test_a_circle_within_the_server_is_the_servers_to_end(server: Server) -> Non
         # It waits so long before it looks.
         patient = {"server_settings": {"deadlock_timeout": "60s"}}
         engine, scope = pool_of_three(server.url, connect_args=patient)
-        meet = asyncio.Barrier(2)
+        meet = asyncio.Barrier(3)
 
         async def crosswise(first: int, second: int) -> None:
             lock = "select pg_advisory_xact_lock(:number)"
@@ -635,6 +635,7 @@ def test_a_circle_within_the_server_is_the_servers_to_end(server: Server) -> Non
 
         async def behind() -> None:
             async with engine.begin() as connection:
+                await meet.wait()  # else it might have the lock before they do
                 await until(lambda: locked_out(engine) == 2)
                 await connection.execute(text("select pg_advisory_xact_lock(1)"))
 
