@@ -6,6 +6,7 @@ python3 lab.py reset NN ...             bring exercises back as they were; your 
 python3 lab.py run [NN ...]             run lessons without a browser, into the folder executed
 python3 lab.py doctor                   rehearse: will everything work on this machine?
 python3 lab.py bench                    measure the instruments themselves
+python3 lab.py matrix [options]         test the instruments on each Python, SQLAlchemy and event loop
 python3 lab.py test [pytest options]    run everything that CI runs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
 
@@ -47,6 +48,7 @@ COMMANDS = {
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],
     "bench": ["workshop.bench"],
+    "matrix": ["workshop.matrix"],
     "progress": ["workshop.exercises"],
     "reset": ["workshop.generator"],
 }
