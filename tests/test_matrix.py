@@ -95,6 +95,15 @@ def test_the_table() -> None:
     ]
 
 
+def test_the_table_of_a_run_that_was_stopped() -> None:
+    rows = {("3.11", "2.0"): {"asyncio": Outcome("3.11.7", "2.0.58", "asyncio", 12)}}
+    assert matrix.table(rows, ["asyncio", "uvloop"]).splitlines() == [
+        "Python  SQLAlchemy  asyncio                              uvloop",
+        "3.11.7  2.0.58      12 passed, 0 failed, 0 skipped, 0 s  not run",
+    ]
+    assert matrix.table({}, ["asyncio"]) == "Python  SQLAlchemy  asyncio"
+
+
 def test_a_python_that_is_not_there(tmp_path: Path) -> None:
     outcome = matrix.run(str(tmp_path / "python"), "2.0", "asyncio", TESTS, tmp_path)
     assert str(outcome) == "cannot be made"

@@ -156,14 +156,18 @@ def run(python: str, series: str, loop: str, tests: Sequence[str], folder: Path)
 def table(rows: dict[tuple[str, str], dict[str, Outcome]], loops: Sequence[str]) -> str:
     """One row for each Python and SQLAlchemy; below, what failed or could not be made, and why."""
     # With its version, where one environment could be made.
-    heads = [max((cells[loop].loop for cells in rows.values()), key=len) for loop in loops]
+    heads = [
+        max((cells[loop].loop for cells in rows.values() if loop in cells), key=len, default=loop)
+        for loop in loops
+    ]
     lines = [["Python", "SQLAlchemy", *heads]]
     details = []
     for cells in rows.values():
         # Where one loop's environment could be made, it tells the versions.
         told = next((cell for cell in cells.values() if cell.trouble != UNMADE), None)
         named = told or next(iter(cells.values()))
-        lines.append([named.python, named.sqlalchemy, *(str(cells[loop]) for loop in loops)])
+        counts = (str(cells.get(loop, "not run")) for loop in loops)
+        lines.append([named.python, named.sqlalchemy, *counts])
         for cell in cells.values():
             where = f"Python {named.python}, SQLAlchemy {named.sqlalchemy}, {cell.loop}"
             details += [f"{where}: {line}" for line in cell.lines]
@@ -187,10 +191,10 @@ def main() -> int:
     parser.add_argument("--loop", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--tests", nargs="+", metavar="TEST", default=TESTS, help="for pytest")
     arguments = parser.parse_args()
+    rows: dict[tuple[str, str], dict[str, Outcome]] = {}
     try:
         found = find_pythons()
         pythons = arguments.python or list(found)
-        rows: dict[tuple[str, str], dict[str, Outcome]] = {}
         with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
             for python, series, loop in itertools.product(
                 pythons, arguments.sqlalchemy, arguments.loop
@@ -206,6 +210,7 @@ def main() -> int:
         print(mistake, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print(table(rows, arguments.loop))
         print("Stopped.", file=sys.stderr)
         return 130
     print()
