@@ -7,6 +7,7 @@ import linecache
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FrameType
@@ -147,16 +148,17 @@ def running_places(thread: int) -> tuple[RawPlace, ...]:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """One line of the user's code.
+    """One line of the user's code, or of a library between that and SQLAlchemy (`in_library`).
 
-    `cell` is true for code from a notebook cell; then `line` counts within the cell and `file` is
-    empty, because the file that the kernel compiles a cell under is temporary.
+    In the cell of a notebook `line` counts within the cell, and `file` is empty, because the file that the kernel
+    compiles a cell under is temporary.
     """
 
     function: str
     line: int
     text: str
     file: str = ""
+    in_library: bool = False
 
     def __str__(self) -> str:
         if not self.line:
@@ -195,6 +197,7 @@ def place(raw: RawPlace) -> Place:
         line=line,
         text=linecache.getline(filename, line).strip(),
         file="" if is_cell(filename) else os.path.basename(filename),
+        in_library=is_library(filename),
     )
 
 
@@ -202,6 +205,13 @@ def place(raw: RawPlace) -> Place:
 def places(frames: tuple[RawPlace, ...]) -> tuple[Place, ...]:
     """The places of raw frames; the same object for the same frames."""
     return tuple(map(place, frames))
+
+
+def own_line(known: Iterable[Place]) -> Place:
+    """Of places, innermost first, the innermost in the program's own code; that of a library where there is none."""
+    known = list(known)
+    own = [found for found in known if not found.in_library]
+    return next(iter(own or known), NOWHERE)
 
 
 def is_library(filename: str) -> bool:

@@ -24,12 +24,10 @@ from ormscope.loop import LoopScope
 from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
 from ormscope.places import (
-    NOWHERE,
     Place,
     RawPlace,
-    is_library,
+    own_line,
     own_place,
-    place,
     places,
     running_places,
 )
@@ -561,10 +559,8 @@ def _stands_at(loop: asyncio.AbstractEventLoop, thread: int) -> Place | None:
         seen.add(_step_of(loop, thread))
     if len(seen) > 1:
         return None
-    frames = running_places(thread)
     # The program's own line, not that of the driver below it.
-    own = [frame for frame in frames if not is_library(frame[0].co_filename)]
-    return next(map(place, own or frames), NOWHERE)
+    return own_line(places(running_places(thread)))
 
 
 def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:

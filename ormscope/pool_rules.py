@@ -23,7 +23,7 @@ from ormscope.activity import activity_of
 from ormscope.hooks import logger
 from ormscope.ledger import Holder
 from ormscope.owners import TaskOrThread, current
-from ormscope.places import NOWHERE, Place, RawPlace, calling_places, is_library, is_users, place
+from ormscope.places import NOWHERE, Place, calling_places, is_library, is_users, own_line, places
 from ormscope.pool import PoolScope
 from ormscope.stacks import steps_of
 
@@ -209,14 +209,14 @@ class PoolRules:
         who = current()
         above = proof.awaiting(who) if isinstance(who, asyncio.Task) else set()
         family: set[TaskOrThread] = {who, *above}
-        asks = line_of(calling_places())
+        asks = own_line(places(calling_places()))
         mine = [
             holder
             for holder in held
             if family & users_of(holder)
             # To look who else has it takes a while; once seen, it need not be looked for again.
             and (
-                self._is_known(line_of(holder.frames), asks)
+                self._is_known(own_line(places(holder.frames)), asks)
                 or not _is_handed_on(holder, family, self.loop_threads)
             )
         ]
@@ -226,7 +226,7 @@ class PoolRules:
         by = "the same thread" if isinstance(who, threading.Thread) else "the same task"
         if who not in users_of(holder):
             by = "a task that the holder awaits"
-        return self._note("second_connection", scope, line_of(holder.frames), asks, by)
+        return self._note("second_connection", scope, own_line(places(holder.frames)), asks, by)
 
     def _is_known(self, taken: Place, asks: Place) -> bool:
         with self._lock:
@@ -277,7 +277,7 @@ class PoolRules:
 
     def _note_not_returned(self, checkout: _Checkout, what: str) -> None:
         if self.rules.left_checked_out:
-            line = line_of(checkout.holder.frames)
+            line = own_line(places(checkout.holder.frames))
             self._note("left_checked_out", checkout.scope, line, line, what)
 
     # A foreign await.
@@ -295,7 +295,7 @@ class PoolRules:
 
     def held_across(self, scope: PoolScope, holder: Holder, line: Place, what: str) -> None:
         """Somebody has held a connection for too long across an await of something else."""
-        self._note("held_across_await", scope, line_of(holder.frames), line, what)
+        self._note("held_across_await", scope, own_line(places(holder.frames)), line, what)
 
     # What fails.
 
@@ -374,13 +374,6 @@ def _is_handed_on(
     known = family | {child for member in family for child in waitgraph.below(member)}
     # A thread that runs a loop can reach what its tasks have, and does nothing with it.
     return bool(found - known - (set(loop_threads) if tasks else set()))
-
-
-def line_of(frames: Iterable[RawPlace]) -> Place:
-    """The innermost line of the program's own code; that of a library where there is none."""
-    frames = list(frames)
-    own = [frame for frame in frames if not is_library(frame[0].co_filename)]
-    return next(map(place, own or frames), NOWHERE)
 
 
 def _name_of(engine: Engine) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from ormscope.hooks import logger
-from ormscope.places import NOWHERE, Place
+from ormscope.places import own_line
 from ormscope.verdict import Holding, Verdict, Waiting
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ def _section(
     yield f"{title} by"
     for group in largest[:_MOST_GROUPS]:
         first = group[0]
-        yield f"  {_names(group)} at {_shortened(str(_innermost(first.places)))}"
-        callers = [place.short for place in first.places[1 : 1 + _MOST_CALLERS]]
-        if callers:
+        yield f"  {_names(group)} at {_shortened(str(own_line(first.places)))}"
+        # A framework's lines between two of the program's say nothing to who reads them.
+        own = [place.short for place in first.places if not place.in_library]
+        if callers := own[1 : 1 + _MOST_CALLERS]:
             yield f"      called by {', by '.join(callers)}"
         yield from (f"      {detail}" for detail in details(first))
     rest = largest[_MOST_GROUPS:]
@@ -120,7 +121,7 @@ def _does(holding: Holding) -> Iterator[str]:
         yield f"waits for a lock in the server, at {holding.in_server.short}"
     if waits is not None:
         how = "waits for a task that waits" if holding.through_tasks else "waits"
-        yield f"{how} for a connection of {waits.pool}, at {_innermost(waits.places).short}"
+        yield f"{how} for a connection of {waits.pool}, at {own_line(waits.places).short}"
     elif activity is None:
         if holding.alive and holding.in_server is None:
             yield "what it does cannot be seen"
@@ -137,10 +138,6 @@ _DOING = {
     "database": "waits for the database",
     "idle": "its thread has nothing to do",
 }
-
-
-def _innermost(places: tuple[Place, ...]) -> Place:
-    return places[0] if places else NOWHERE
 
 
 def _shortened(text: str) -> str:

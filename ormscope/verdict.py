@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ormscope.activity import Activity
-from ormscope.places import NOWHERE, Place
+from ormscope.places import NOWHERE, Place, own_line
 from ormscope.server_limits import NEVER
 
 Cause = Literal[
@@ -191,16 +191,12 @@ def _block(title: str, places: Iterable[Place] | Counter[Place]) -> list[str]:
     ]
 
 
-def _innermost(places: tuple[Place, ...]) -> Place:
-    return places[0] if places else NOWHERE
-
-
 def _held(holding: Iterable[Holding]) -> list[str]:
-    return _block("held", (_innermost(holder.places) for holder in holding))
+    return _block("held", (own_line(holder.places) for holder in holding))
 
 
 def _in_line(waiting: Iterable[Waiting]) -> list[str]:
-    return _block("in line", (_innermost(waiter.places) for waiter in waiting))
+    return _block("in line", (own_line(waiter.places) for waiter in waiting))
 
 
 def _deadlock_report(verdict: Verdict) -> list[str]:
@@ -208,8 +204,8 @@ def _deadlock_report(verdict: Verdict) -> list[str]:
     asked = [holder.waits for holder in stuck if holder.waits is not None]
     blocked = [holder for holder in verdict.holding if holder.in_server is not None]
     others = sorted({waits.pool for waits in asked} - {verdict.pool})
-    behind = Counter(_innermost(waits.places) for waits in asked if waits.pool == verdict.pool)
-    queue = Counter(_innermost(waiter.places) for waiter in verdict.waiting) - behind
+    behind = Counter(own_line(waits.places) for waits in asked if waits.pool == verdict.pool)
+    queue = Counter(own_line(waiter.places) for waiter in verdict.waiting) - behind
     if verdict.through_server:
         why = (
             "Every connection is held by a task that waits for another one, or in the server for a lock that such a "
@@ -250,7 +246,7 @@ def _asked(asked: list[Waiting], pool: str) -> list[str]:
     lines = []
     for name in sorted({waits.pool for waits in asked}, key=lambda name: (name != pool, name)):
         title = "they ask" if name == pool else f"ask {name}"
-        lines += _block(title, (_innermost(w.places) for w in asked if w.pool == name))
+        lines += _block(title, (own_line(w.places) for w in asked if w.pool == name))
     return lines
 
 
@@ -313,7 +309,7 @@ def _smallest_fix(verdict: Verdict, stuck: list[Holding], others: list[str]) -> 
     if not stuck or stuck[0].waits is None:
         return "let whoever holds a connection finish with it before anybody whom it waits for asks for one"
     first, waits = stuck[0], stuck[0].waits
-    holds, asks = _innermost(first.places), _innermost(waits.places)
+    holds, asks = own_line(first.places), own_line(waits.places)
     if first.through_tasks:
         # Several may run at once, and a session is for one at a time.
         return (
@@ -337,7 +333,7 @@ def _leaked_report(verdict: Verdict) -> list[str]:
     return [
         f"LEAKED in {verdict.pool}: {_out_of(verdict)}",
         f"{len(lost)} checked out by tasks that have ended; nobody is left to give them back.",
-        *_block("taken", (_innermost(holder.places) for holder in lost)),
+        *_block("taken", (own_line(holder.places) for holder in lost)),
         *(f"  {'kept by':<9} {what}" for what in kept),
         f"  {'fix':<9} close the session in the task that opened it (async with, or remove() for a scoped session)",
     ]

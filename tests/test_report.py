@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +87,47 @@ def test_a_deadlock_behind_which_three_thousand_wait(url: str) -> None:
         asking = entry(report, "WAITING", "called by hold_and_ask, line")
         assert "3 (order " in asking and "and 2 more)" in asking
         await cancelled(*tasks)
+        await engine.dispose()
+
+    run(main())
+
+
+WRAPPER = """
+async def fetch(engine, query):
+    async with engine.connect() as connection:
+        return await connection.scalar(query)
+
+async def middleware(call):
+    return await call()
+"""
+
+
+def test_the_line_is_the_programs_own_and_not_that_of_a_library_it_calls(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ormscope.places._SITE_PACKAGES", (f"{tmp_path}{os.sep}",))
+    library: dict[str, Any] = {}
+    exec(compile(WRAPPER, str(tmp_path / "wrapper.py"), "exec"), library)
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
+        scope = PoolScope(engine)
+
+        async def place_order() -> None:
+            async with engine.connect():
+                await library["fetch"](engine, SELECT)
+
+        task = asyncio.create_task(library["middleware"](place_order))
+        verdict = await scope.deadlock()
+        assert verdict is not None
+        report = scope.report()
+        for text_of_it in (report, str(verdict)):
+            assert "wrapper.py" not in text_of_it and "fetch, line" not in text_of_it, text_of_it
+        held, _, waiting = report.partition("HELD by")[2].partition("WAITING by")
+        assert "place_order: async with engine.connect():" in held
+        assert 'await library["fetch"](engine, SELECT)' in waiting
+        assert "middleware" not in report
+        await cancelled(task)
         await engine.dispose()
 
     run(main())

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ormscope.lab.run import Curve, PoolCurve, Run
+from ormscope.places import own_line
 from ormscope.verdict import Holding, Waiting
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; each meaning keeps its colour in every picture.
@@ -448,7 +449,7 @@ def draw_waits(run: Run) -> Picture:
 
 def _mostly(verb: str, entries: Sequence[Holding | Waiting]) -> str:
     """The source line that most of them come from."""
-    places = Counter(entry.places[0].short for entry in entries if entry.places)
+    places = Counter(own_line(entry.places).short for entry in entries if entry.places)
     return f"{verb} {places.most_common(1)[0][0]}" if places else f"{verb} no line of yours"
 
 
