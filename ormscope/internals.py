@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -265,13 +266,24 @@ def ends_as_completed(callback: object) -> bool:
 
 
 def timers(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle] | None:
-    """What an event loop will do later; None where it does not tell (uvloop)."""
+    """What an event loop will do later; None where it does not tell.
+
+    uvloop keeps that where only the garbage collector sees it, so that the whole heap has to be looked through.
+    """
     scheduled = getattr(loop, "_scheduled", None)
-    return (
-        None
-        if scheduled is None
-        else [handle for handle in list(scheduled) if not handle.cancelled()]
-    )
+    if scheduled is not None:
+        return [handle for handle in list(scheduled) if not handle.cancelled()]
+    kind = getattr(sys.modules.get("uvloop.loop"), "TimerHandle", None)
+    if kind is None or not type(loop).__module__.startswith("uvloop"):
+        return None
+    # One that has been called, or was cancelled, has no callback any more.
+    return [
+        handle
+        for handle in gc.get_objects()
+        if type(handle) is kind
+        and any(held is loop for held in gc.get_referents(handle))
+        and callback_of(handle)[0] is not None
+    ]
 
 
 def ready_handles(loop: asyncio.AbstractEventLoop) -> list[asyncio.Handle] | None:
@@ -285,6 +297,11 @@ def ready_handles(loop: asyncio.AbstractEventLoop) -> list[asyncio.Handle] | Non
 
 def callback_of(handle: asyncio.Handle) -> tuple[Any, tuple[Any, ...]]:
     """What an event loop will call, and with which arguments; None for a call that was cancelled."""
+    if not isinstance(
+        handle, asyncio.Handle
+    ):  # uvloop's, whose members can only be had in their order
+        callback, arguments, *_ = gc.get_referents(handle)
+        return callback, arguments or ()
     slots = asyncio.Handle.__dict__  # asked like this, no code of the user's runs
     return slots["_callback"].__get__(handle), slots["_args"].__get__(handle) or ()
 

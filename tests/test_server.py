@@ -749,7 +749,6 @@ def test_a_time_limit_of_whoever_waits_in_the_server(server: Server, driver: str
     assert re.search(r"ends      when a time limit in hurry, line \d+ ends it", str(verdict))
 
 
-@pytest.mark.asyncios_loop("another loop does not tell what it will call later")
 def test_a_time_limit_of_the_driver(server: Server) -> None:
     report, verdict = run(verdict_on(server.url, connect_args={"command_timeout": 61}))
     assert verdict.cause == "deadlock until a timer", report
