@@ -78,10 +78,10 @@ def activity_of(subject: TaskOrThread, dialect: Dialect) -> Activity:
     else:
         if not isinstance(subject, asyncio.Task):
             return Activity("idle")  # of an executor: it has no work
-    return _elsewhere(subject, frames, what, dialect)
+    return _foreign_wait(subject, frames, what, dialect)
 
 
-def _elsewhere(
+def _foreign_wait(
     subject: TaskOrThread, frames: list[FrameType], what: str, dialect: Dialect
 ) -> Activity:
     users = [frame for frame in frames if is_users(frame)]

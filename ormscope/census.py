@@ -509,9 +509,9 @@ class _Search:
             for held in self._keeps.get(key, ()):
                 if held not in seen:
                     seen.add(held)
-                    queue.append((held, self._below(key, held, root)))
+                    queue.append((held, self._kept_through(key, held, root)))
 
-    def _below(self, holder: int, held: int, root: _Root) -> _Root:
+    def _kept_through(self, holder: int, held: int, root: _Root) -> _Root:
         """What to say of that which a root keeps by way of a holder."""
         label = self._labels.get((holder, held))
         if label is None and holder in self._owned:
@@ -549,7 +549,7 @@ class _Search:
                     alive.add(held)
                     todo.append(held)
         labels = (
-            (held, self._below(holder, held, _UNKNOWN))
+            (held, self._kept_through(holder, held, _UNKNOWN))
             for holder in alive
             for held in self._keeps.get(holder, ())
         )

@@ -117,12 +117,12 @@ def _ask(scope: PoolScope, wait: _Wait) -> ServerReport:
             # Other engines may give their connections other limits.
             for other in {seen.scopes[pid] for it in suspicion.deadlocks for pid in it.pids}:
                 if other.engine not in begun_with:
-                    limits = wait(_in_thread(partial(_limits_elsewhere, other)))
+                    limits = wait(_in_thread(partial(_limits_from_a_thread, other)))
                     begun_with[other.engine] = limits
             wait(asyncio.sleep(_PAUSE))
             answer.seen = look(connection, scope)
             prove = partial(_prove, suspicion, answer.seen, begun_with)
-            loop = suspicion.loop_elsewhere
+            loop = suspicion.other_loop
             answer.proved = prove() if loop is None else wait(_on(loop, prove))
             if answer.proved:
                 break
@@ -188,7 +188,7 @@ def _limits_of(connection: Any) -> dict[str, str]:
     return limits if seconds is None else {**limits, "command_timeout": f"{seconds:g} s"}
 
 
-def _limits_elsewhere(scope: PoolScope) -> dict[str, str]:
+def _limits_from_a_thread(scope: PoolScope) -> dict[str, str]:
     """The limits that connections of another engine begin with, asked in a thread of its own."""
 
     def limits() -> dict[str, str]:

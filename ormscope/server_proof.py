@@ -75,7 +75,7 @@ class Suspicion:
     holders: list[Holder]
 
     @property
-    def loop_elsewhere(self) -> asyncio.AbstractEventLoop | None:
+    def other_loop(self) -> asyncio.AbstractEventLoop | None:
         """The loop, of another thread, on which the second look has to be: there nothing moves meanwhile."""
         loops = {task.get_loop() for task in _tasks_of(self.deadlocks)}
         here = all(proof.is_of_this_thread(it.stuck) for it in self.deadlocks)

@@ -339,7 +339,7 @@ def _leaked_report(verdict: Verdict) -> list[str]:
     ]
 
 
-def _elsewhere(verdict: Verdict, title: str = "elsewhere") -> list[str]:
+def _foreign_waits(verdict: Verdict, title: str = "elsewhere") -> list[str]:
     """Who waits for something that is not the database, and for what, as far as it can be seen."""
     lines: list[str] = []
     waits: Counter[tuple[Place, str, str]] = Counter()
@@ -361,9 +361,9 @@ def _elsewhere(verdict: Verdict, title: str = "elsewhere") -> list[str]:
 def _known(verdict: Verdict) -> list[str]:
     """What holders do, where that says more than that the database works."""
     doing = Counter(holder.activity.doing for holder in verdict.holding if holder.activity)
-    elsewhere = Counter(holder.waits.pool for holder in verdict.holding if holder.waits is not None)
-    lines = _elsewhere(verdict)
-    for pool, count in sorted(elsewhere.items()):
+    queues = Counter(holder.waits.pool for holder in verdict.holding if holder.waits is not None)
+    lines = _foreign_waits(verdict)
+    for pool, count in sorted(queues.items()):
         lines.append(
             f"  {'ask too':<9} {count} of the holders are in line for a connection of {pool}"
         )

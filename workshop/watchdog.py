@@ -358,12 +358,12 @@ async def _serve_until_input_ends(request: dict[str, Any]) -> None:
 def main() -> None:
     """Run the watchdog on the standard input and output."""
 
-    def heedless(number: int, frame: FrameType | None) -> None:
+    def ignore(number: int, frame: FrameType | None) -> None:
         """Ignore a signal. (SIG_IGN would be inherited by the server.)"""
 
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), heedless)
+            signal.signal(getattr(signal, name), ignore)
     line = sys.stdin.buffer.readline()
     if line:
         asyncio.run(_serve_until_input_ends(json.loads(line)))

@@ -130,11 +130,11 @@ def _is_learners(frame: FrameType) -> bool:
 @contextmanager
 def pulse() -> Iterator[Pulse]:
     """Feel the pulse of the running event loop from here to the end of the block."""
-    felt = Pulse()
+    measured = Pulse()
     try:
-        yield felt
+        yield measured
     finally:
-        felt.close()
+        measured.close()
 
 
 def _through_sync_engine(run: Recording) -> Finding | None:
@@ -183,18 +183,18 @@ async def ask_for_reports(
 
     # What is asked of an asynchronous pool is asked of a synchronous one as well.
     async with evidence(shop, cast(AsyncEngine, old)) as noted:
-        with pulse() as felt:
+        with pulse() as measured:
             await storm(ask, calls)
-            if felt.stood_still < _STOOD_STILL:
+            if measured.stood_still < _STOOD_STILL:
                 await storm(ask, _AGAIN)
     still_working = _checked_out(old)
     await shop.dispose()
     return dataclasses.asdict(noted) | {
         "right": sum(_figures(row) == wanted[sku] for sku, row in told),
-        "stood_still": felt.stood_still,
-        "stands_at": felt.stands_at,
-        "waits": felt.waits,
-        "threads": felt.threads,
+        "stood_still": measured.stood_still,
+        "stands_at": measured.stands_at,
+        "waits": measured.waits,
+        "threads": measured.threads,
         "still_working": still_working,
     }
 
@@ -362,14 +362,14 @@ async def sum_stores(
     as_given = await asyncio.to_thread(asyncio.run, _kept_by_all_at_once(url, first, last))
     event.listen(engine.sync_engine, "before_cursor_execute", note)
     async with evidence(engine) as noted:
-        with pulse() as felt:
+        with pulse() as measured:
             await storm(ask, 1)
     await engine.dispose()
     answer = found[0] if found else None
     return dataclasses.asdict(noted) | {
         "lines": lines,
         "stores": len(right),
-        "kept": felt.longest_work / as_given,
+        "kept": measured.longest_work / as_given,
         "asked": asked,
         "right": answer == right and not any(isinstance(one, float) for one in answer.values()),
         "nearly": _nearly(answer, right),
@@ -383,9 +383,9 @@ async def _kept_by_all_at_once(url: str, first: int, last: int) -> float:
         await session.connection()
         worked = []
         for _ in range(2):  # the machine may slow down one of them
-            with pulse() as felt:
+            with pulse() as measured:
                 (await session.scalars(select(Sale).where(Sale.id.between(first, last)))).all()
-            worked.append(felt.longest_work)
+            worked.append(measured.longest_work)
     await engine.dispose()
     return min(worked)
 
