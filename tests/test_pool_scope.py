@@ -485,7 +485,7 @@ def test_pools_without_a_limit_never_wait(url: str) -> None:
 def test_threads_on_a_synchronous_pool(server: Server, threads: int, deadlocks: bool) -> None:
     """Four connections: three threads that nest pass, four do not, exactly as tasks."""
     engine = create_engine(
-        server.url.replace("asyncpg", "psycopg"), pool_size=4, max_overflow=0, pool_timeout=1
+        server.url.replace("asyncpg", "psycopg"), pool_size=4, max_overflow=0, pool_timeout=3
     )
     scope, meet = PoolScope(engine), threading.Barrier(threads)
 

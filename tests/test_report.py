@@ -149,7 +149,7 @@ def test_as_many_lines_as_a_person_reads(url: str) -> None:
         return [made[f"way_{number}"] for number in range(count)]
 
     async def main() -> None:
-        engine = create_async_engine(url, pool_size=40, max_overflow=0)
+        engine = create_async_engine(url, pool_size=40, max_overflow=0, pool_timeout=None)
         scope, go_on = PoolScope(engine), asyncio.Event()
         tasks = [asyncio.create_task(way(engine, go_on)) for way in ways(80)]
         await until(lambda: len(scope.holders) == len(scope.waiters) == 40)

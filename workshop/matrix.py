@@ -216,8 +216,8 @@ def main() -> int:
     print()
     print(table(rows, arguments.loop))
     outcomes = [outcome for cells in rows.values() for outcome in cells.values()]
-    is_bad = any(one.failed or one.trouble == BROKEN_OFF for one in outcomes)
-    return int(is_bad or not any(one.passed for one in outcomes))
+    is_bad = any(outcome.failed or outcome.trouble == BROKEN_OFF for outcome in outcomes)
+    return int(is_bad or not any(outcome.passed for outcome in outcomes))
 
 
 if __name__ == "__main__":
