@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Generator, Iterable
 from typing import Any
@@ -11,9 +10,6 @@ from typing import Any
 import pytest
 
 from ormscope.stacks import sleeping_frames
-
-if sys.version_info < (3, 14):
-    pytest.skip("asyncio has no call graph", allow_module_level=True)
 
 
 async def asleep(*tasks: asyncio.Task[Any]) -> None:
