@@ -142,10 +142,16 @@ class ConsoleApp(App[None]):
                 )
                 return None
         self._seen_at = time.monotonic()
+        if (
+            not self.is_running
+        ):  # while that was asked, the view was closed: there is nothing left to show it
+            return None
         self.query_one("#trouble").display = False
         return answer
 
     def _say(self, trouble: str) -> None:
+        if not self.is_running:
+            return
         shown = self.query_one("#trouble", Static)
         if self._state is not None:
             trouble += f" What follows was {time.monotonic() - self._seen_at:.0f} s ago."

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from console_picture import PICTURE, ROOT, lines_of, service, shows
-from helpers import SELECT, cancelled, price_of, run, until
+from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from leftovers import await_that
 from sqlalchemy.ext.asyncio import create_async_engine
 from terminals import needs_tmux, terminal
@@ -489,6 +489,20 @@ def test_the_view_of_a_busy_service(server: Server) -> None:
                 assert "slow: async with orders.connect()" in text
                 await pilot.press("r")
                 await shows(app, "SATURATED orders (busy, but moving)")
+
+    run(main())
+
+
+def test_an_answer_that_comes_once_the_view_is_closed_is_shown_nowhere(server: Server) -> None:
+    async def main() -> None:
+        with service("busy", server.url) as (process, at):
+            app = ConsoleApp(Connection(at))
+            async with app.run_test():
+                await shows(app, "saturated")
+            await app._refresh()
+            process.kill()
+            process.wait(PATIENCE)
+            await app._refresh()
 
     run(main())
 
