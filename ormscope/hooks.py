@@ -222,11 +222,10 @@ def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
         try:
             original(pool, record)
         finally:
-            is_closed = record.dbapi_connection is None
             for scope in attached.scopes:
-                if is_closed or scope.ledger.samples is not None:
+                if scope.ledger.samples is not None:
                     try:
-                        scope.ledger.available(pool, record)
+                        scope.ledger.available(pool)
                     except Exception as error:
                         step_aside(scope, error)
 

@@ -297,9 +297,8 @@ def ready_handles(loop: asyncio.AbstractEventLoop) -> list[asyncio.Handle] | Non
 
 def callback_of(handle: asyncio.Handle) -> tuple[Any, tuple[Any, ...]]:
     """What an event loop will call, and with which arguments; None for a call that was cancelled."""
-    if not isinstance(
-        handle, asyncio.Handle
-    ):  # uvloop's, whose members can only be had in their order
+    if not isinstance(handle, asyncio.Handle):
+        # One of uvloop's, whose members can only be had in their order.
         callback, arguments, *_ = gc.get_referents(handle)
         return callback, arguments or ()
     slots = asyncio.Handle.__dict__  # asked like this, no code of the user's runs

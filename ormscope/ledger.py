@@ -18,12 +18,11 @@ from ormscope.durations import Durations
 from ormscope.internals import capacity_of, handle_of, parameters_of
 from ormscope.owners import Owner, TaskOrThread, current
 from ormscope.places import calling_places
-from ormscope.server_limits import Setting, may_set_a_limit, settings_in
+from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
 
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
-_KEPT_LAST_TAKEN = 100  # before it is looked which of them are closed
 # A thread that has asked for so long is in the queue, whatever it saw before.
 _CERTAIN_SECONDS = 0.005
 
@@ -155,9 +154,10 @@ class Ledger:
         # Connections taken past the queue since somebody in it was served, and when the last of them was.
         self.overtaken = 0
         self.overtaken_at = 0.0
-        # Where a connection that lies in the pool was taken last, and by whom; now and then, those closed are dropped.
-        self.last_taken: dict[ConnectionPoolEntry, Holder] = {}
-        self._most_last_taken = _KEPT_LAST_TAKEN
+        # Where a connection that lies in the pool was taken last, and by whom.
+        self.last_taken: weakref.WeakKeyDictionary[ConnectionPoolEntry, Holder] = (
+            weakref.WeakKeyDictionary()
+        )
         # The time limits that statements may have set on each connection that was seen from its beginning on.
         self._settings: weakref.WeakKeyDictionary[ConnectionPoolEntry, dict[str, Setting]] = (
             weakref.WeakKeyDictionary()
@@ -281,18 +281,14 @@ class Ledger:
             if holder is not None:
                 self.counts.holds.add(now - holder.since)
                 self.last_taken[record] = holder
-                if len(self.last_taken) > self._most_last_taken:
-                    self._forget_closed()
             elif self._unseen and record not in self._taken and current() not in self.waiters:
                 self._unseen -= 1
             self.returned += 1
             self.last_movement = now
         self._on_return(pool)
 
-    def available(self, pool: Pool, record: ConnectionPoolEntry) -> None:
-        """A connection has come back to its pool, or was closed, for there is no room for it."""
-        if record.dbapi_connection is None:
-            self.last_taken.pop(record, None)
+    def available(self, pool: Pool) -> None:
+        """A connection has come back to its pool."""
         if self.samples is not None:
             self._sample(time.perf_counter(), pool)
 
@@ -305,7 +301,6 @@ class Ledger:
         if isinstance(pool, QueuePool):
             pool.checkedin()  # makes its queue now: at the first look, two threads might make one each
         self.overtaken = 0
-        self.last_taken.clear()
 
     def statement_begins(
         self, record: ConnectionPoolEntry, statement: str, context: ExecutionContext
@@ -314,9 +309,8 @@ class Ledger:
         holder = self.holders.get(record)
         if holder is None:
             return
-        if may_set_a_limit(statement):
-            for setting in settings_in(statement, parameters_of(context)):
-                self._note_setting(holder, setting)
+        for setting in settings_in(statement, parameters_of(context)):
+            self._note_setting(holder, setting)
         holder.last_sql = statement
         holder.statements += 1
         if holder.users is not None:
@@ -341,14 +335,6 @@ class Ledger:
         if known is not None and not setting.is_local:
             known[setting.name] = setting
         holder.local_settings = {**(holder.local_settings or {}), setting.name: setting}
-
-    def _forget_closed(self) -> None:
-        self.last_taken = {
-            record: holder
-            for record, holder in self.last_taken.items()
-            if record.dbapi_connection is not None
-        }
-        self._most_last_taken = _KEPT_LAST_TAKEN + 2 * len(self.last_taken)
 
     def _drop(self, record: ConnectionPoolEntry) -> Holder | None:
         holder = self.holders.pop(record, None)

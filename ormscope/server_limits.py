@@ -10,7 +10,6 @@ program sends past SQLAlchemy, over a cursor of the driver, cannot be seen; that
 from __future__ import annotations
 
 import dis
-import functools
 import re
 from collections.abc import Iterable
 from inspect import CO_VARARGS, CO_VARKEYWORDS
@@ -64,20 +63,8 @@ class Setting(NamedTuple):
         return f"{self.name} ({value}if it still is as a statement has set it)"
 
 
-def may_set_a_limit(statement: str) -> bool:
-    """Whether a statement has to be looked at; asked of every statement, of which nearly none does."""
-    # SQLAlchemy keeps what it has compiled, and sends the same string again; a longer one is rather made of values.
-    return _names_one(statement) if len(statement) < 2_000 else _names_one.__wrapped__(statement)
-
-
-@functools.lru_cache(maxsize=200)
-def _names_one(statement: str) -> bool:
-    lowered = statement.lower()
-    return "timeout" in lowered or "set_config" in lowered
-
-
 def settings_in(statement: str, parameters: Iterable[Any]) -> list[Setting]:
-    """The limits that a statement may set."""
+    """The limits that a statement may set; called for every statement, of which nearly none does."""
     lowered = statement.lower()
     found = []
     if "set_config" in lowered:  # the name may be one of the parameters

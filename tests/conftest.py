@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from environments import ROOT, run_uv
 
 from workshop.database import Server, start_server
 from workshop.exercises import EXERCISES
@@ -81,6 +82,15 @@ def server() -> Iterator[Server]:
     running = start_server()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of ormscope, built from the source distribution as an index would have it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run_uv("build", str(ROOT / "ormscope"), "--out-dir", str(folder), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(params=["postgresql", "sqlite"])

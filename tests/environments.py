@@ -29,13 +29,6 @@ def run_uv(*arguments: str, cwd: Path, **environ: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def build_wheel(folder: Path) -> Path:
-    """The wheel, built into a folder from the source distribution as an index would have it."""
-    run_uv("build", str(ROOT / "ormscope"), "--out-dir", str(folder), cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
 def new_environment(folder: Path, *requirements: str) -> Path:
     """The Python of a new environment in a folder, with these packages and nothing of ours."""
     run_uv("venv", "--no-project", "--python", sys.executable, str(folder / "venv"), cwd=folder)

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import ROOT, SERIES, build_wheel, new_environment
+from environments import ROOT, SERIES, new_environment
 
 from workshop.database import Server
 
@@ -58,11 +58,6 @@ async def main(url):
 
 asyncio.run(main(sys.argv[1]))
 """
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module", params=SERIES)

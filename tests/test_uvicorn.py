@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import ROOT, SERIES, build_wheel, new_environment
+from environments import ROOT, SERIES, new_environment
 from helpers import PATIENCE
 from leftovers import await_that
 from terminals import Terminal, needs_tmux, terminal
@@ -87,11 +87,6 @@ class Shop:
             )
         assert done.returncode == status, line
         return path.read_text()
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module", params=SERIES)
