@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import sys
 import threading
 import time
@@ -68,7 +69,7 @@ _HANDLE_MODULES = (
 class Users:
     """Who can use a connection: `subjects` have it in a variable, directly or through objects, and are alive.
 
-    `elsewhere` names what else it can be reached from: a module, a callback of the loop. `listed` are tasks and
+    `elsewhere` names what else it can be reached from: a module, a callback of the loop, the error in a log record. `listed` are tasks and
     threads, and `is_listed` says whether anything, that have it only in a list. `unseen` is true where somebody
     refers to it whom the collector does not know: a function that runs at this moment. `exact` is whether every single
     reference was explained by the suspects' neighbourhood, so that nothing can have moved during the look.
@@ -168,7 +169,10 @@ class _Search:
         above: dict[int, Any] = {}
         for key, parents, unseen in self._parents(frontier, alive):
             awaiting = [parent for parent in parents if _runs(parent, alive[key])]
-            if awaiting:
+            if type(alive[key]) is CoroutineType and alive[key].cr_running:
+                # Who awaits it is on the same stack; the collector shows only who else has it.
+                parents, unseen = awaiting, True
+            elif awaiting:
                 # Whoever else has a coroutine that a task runs or awaits can do nothing with it.
                 parents, unseen = awaiting, False
             for number, listed in list(ways[key].items()):
@@ -196,7 +200,9 @@ class _Search:
             return True  # its result, or its exception: nobody's until somebody looks
         if type(node) is Context and _only_wakes(parent):
             return None  # it only wakes a task
-        if issubclass(kind, (ModuleType, type, asyncio.AbstractEventLoop, asyncio.Handle)):
+        if issubclass(
+            kind, (ModuleType, type, asyncio.AbstractEventLoop, asyncio.Handle, logging.LogRecord)
+        ):
             found.elsewhere = found.elsewhere or _name_of(parent)
             return None
         if kind is dict:
@@ -458,4 +464,6 @@ def _is_ours(referrer: Any) -> bool:
 def _name_of(parent: Any) -> str:
     if isinstance(parent, (asyncio.AbstractEventLoop, asyncio.Handle)):
         return "a callback of the event loop"
+    if isinstance(parent, logging.LogRecord):
+        return "a log record"
     return f"the {'class' if isinstance(parent, type) else 'module'} {parent.__name__}"

@@ -1,0 +1,114 @@
+"""Who can still use a connection: what has it without being able to do anything with it is nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from helpers import SELECT, run, until
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from ormscope import PoolScope
+from ormscope.reach import Users, users_of
+
+
+def users_now(scope: PoolScope) -> Users:
+    """Who can use the one connection that is checked out, asked by whoever runs at this moment."""
+    (holder,) = scope.holders
+    (users,) = users_of([holder.handle])
+    return users
+
+
+def test_who_has_a_coroutine_that_another_task_runs_is_no_user(url: str) -> None:
+    """As with the test runner of anyio: one task hands a coroutine to another, and waits for what comes of it."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0)
+        scope = PoolScope(engine)
+        handed: asyncio.Queue[tuple[Coroutine[Any, Any, Users], asyncio.Future[Users]]] = (
+            asyncio.Queue()
+        )
+
+        async def work() -> Users:
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                return users_now(scope)
+
+        async def runner() -> None:
+            coroutine, outcome = await handed.get()
+            outcome.set_result(await coroutine)
+
+        async def hands_on() -> Users:
+            outcome: asyncio.Future[Users] = asyncio.get_running_loop().create_future()
+            coroutine = work()
+            handed.put_nowait((coroutine, outcome))
+            return await outcome
+
+        async with engine.connect():  # somebody has waited, so the loop is known
+            running, waiting = asyncio.create_task(runner()), asyncio.create_task(hands_on())
+            await until(lambda: scope.waiters)
+        users = await waiting
+        await running
+        assert running in users.everybody
+        assert waiting not in users.everybody
+        await engine.dispose()
+
+    run(main())
+
+
+class _Keeping(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+async def give_back(records: list[logging.LogRecord]) -> None:
+    """Give back the connection that was left in the frames of a logged error."""
+    (record,) = records
+    assert record.exc_info is not None
+    trace = record.exc_info[2]
+    assert trace is not None and trace.tb_next is not None
+    connection: AsyncConnection = trace.tb_next.tb_frame.f_locals["connection"]
+    await connection.close()
+
+
+def test_a_log_record_with_an_error_is_told_and_nobody_uses_it(url: str) -> None:
+    """Its traceback has the frames, and so the connection, for as long as the handler keeps it."""
+    logger, handler = logging.getLogger("tests.reach"), _Keeping()
+
+    async def fails(engine: AsyncEngine) -> None:
+        connection: AsyncConnection = await engine.connect()
+        await connection.execute(SELECT)
+        raise ValueError
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=1, max_overflow=0)
+        scope = PoolScope(engine)
+        try:
+            await fails(engine)
+        except ValueError:
+            logger.exception("it failed")
+
+        # Of each Logger, and so of each engine and whoever has one, a way leads to the handlers and their records.
+        async def sleeps(_logger: logging.Logger) -> None:
+            await asyncio.sleep(60)
+
+        sleeping = asyncio.create_task(sleeps(logger))
+        await asyncio.sleep(0)
+        users = users_now(scope)
+        assert users.elsewhere == "a log record"
+        assert sleeping not in users.everybody
+        sleeping.cancel()
+        await give_back(handler.records)
+        await engine.dispose()
+
+    logger.addHandler(handler)
+    try:
+        run(main())
+    finally:
+        logger.removeHandler(handler)
