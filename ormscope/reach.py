@@ -70,9 +70,10 @@ class Users:
     """Who can use a connection: `subjects` have it in a variable, directly or through objects, and are alive.
 
     `elsewhere` names what else it can be reached from: a module, a callback of the loop, the error in a log record.
-    `listed` are tasks and threads, and `is_listed` says whether anything, that have it only in a list. `unseen` is true
-    where somebody refers to it whom the collector does not know: a function that runs at this moment. `exact` is whether
-    every single reference was explained by the suspects' neighbourhood, so that nothing can have moved during the look.
+    `listed` are tasks and threads, and `is_listed` says whether anything, that have it only in a list. `unseen` is
+    true where somebody refers to it whom the collector does not know: a function that runs at this moment. `exact` is
+    whether every single reference was explained by the suspects' neighbourhood, so that nothing can have moved during
+    the look.
     """
 
     subjects: set[TaskOrThread] = field(default_factory=set)
