@@ -100,9 +100,9 @@ class Console:
             self._wake, self._woken = socket.socketpair()
             self._sockets += [self._wake, self._woken]
             self._selector = selectors.DefaultSelector()
-            for one in (self._listener, self._woken):
-                one.setblocking(False)
-                self._selector.register(one, selectors.EVENT_READ)
+            for listened in (self._listener, self._woken):
+                listened.setblocking(False)
+                self._selector.register(listened, selectors.EVENT_READ)
             self._thread.start()
         except Exception as error:
             self._fail(error)
@@ -180,8 +180,8 @@ class Console:
         """Close all descriptors, and nothing else: in a forked child the socket's file is the parent's."""
         for client in list(self._clients):
             client.connection.close()
-        for one in self._sockets:
-            one.close()
+        for opened in self._sockets:
+            opened.close()
         if self._selector is not None:
             self._selector.close()
         self._clients.clear()
@@ -217,7 +217,7 @@ class Console:
                     self._drop(key.data)
                 answered = True
         now = time.monotonic()
-        for client in [one for one in self._clients if now - one.active_at > _IDLE_SECONDS]:
+        for client in [idle for idle in self._clients if now - idle.active_at > _IDLE_SECONDS]:
             self._drop(client)
         if answered:
             time.sleep(_PAUSE_SECONDS)

@@ -153,11 +153,13 @@ def clean(answer: Any) -> Any:
     """An answer without what a terminal would obey: an SQL statement can have escape sequences in it."""
     if isinstance(answer, str):
         return "".join(
-            one if one.isprintable() or one == "\n" else "\N{REPLACEMENT CHARACTER}"
-            for one in answer
+            character
+            if character.isprintable() or character == "\n"
+            else "\N{REPLACEMENT CHARACTER}"
+            for character in answer
         )
     if isinstance(answer, list):
-        return [clean(one) for one in answer]
+        return [clean(part) for part in answer]
     if isinstance(answer, dict):
         return {clean(key): clean(value) for key, value in answer.items()}
     return answer

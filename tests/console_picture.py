@@ -73,7 +73,7 @@ async def shows(app: ConsoleApp, *wanted: str) -> str:
     for _ in range(300):
         await asyncio.sleep(0.1)
         text = "\n".join(lines_of(app.export_screenshot()))
-        if all(one in text for one in wanted):
+        if all(expected in text for expected in wanted):
             return text
     raise AssertionError(f"{wanted} is not in\n{text}")
 

@@ -99,7 +99,10 @@ def obey(scopes: list[PoolScope], loop: asyncio.AbstractEventLoop) -> None:
         if command == "go":
             loop.call_soon_threadsafe(go.set)
         else:
-            seen = {one.name: {"waiting": len(one.waiters), "cause": one.cause()} for one in scopes}
+            seen = {
+                scope.name: {"waiting": len(scope.waiters), "cause": scope.cause()}
+                for scope in scopes
+            }
             print(json.dumps(seen), flush=True)
     os._exit(0)
 

@@ -162,11 +162,13 @@ def compare(archive: Path, database: str) -> bool:
         found = run(archive, database, scopes)
         runs.append(found)
         counts = Counter(found["outcomes"].values())
-        numbers = ", ".join(f"{counts[one]} {one}" for one in ("passed", "failed", "skipped"))
+        numbers = ", ".join(
+            f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped")
+        )
         print(f"{database}, {found['watched']} engines with a PoolScope: {numbers}", flush=True)
     same = True
     for name in sorted({*runs[0]["outcomes"], *runs[1]["outcomes"]}):
-        before, after = (one["outcomes"].get(name, "not run") for one in runs)
+        before, after = (found["outcomes"].get(name, "not run") for found in runs)
         if before != after:
             reason = (runs[0]["reasons"] | runs[1]["reasons"]).get(name, "")
             print(f"  {name}: {before} without, {after} with: {reason}", flush=True)
@@ -181,7 +183,7 @@ def main() -> int:
     try:
         with TemporaryDirectory(prefix="sqlalchemys-own-tests-") as folder:
             archive = download(Path(folder))
-            same = [compare(archive, one) for one in arguments.database]
+            same = [compare(archive, database) for database in arguments.database]
         return 0 if all(same) else 1
     except Mistake as mistake:
         print(mistake, file=sys.stderr)

@@ -74,7 +74,7 @@ async def use(engine: AsyncEngine, visit: Visit, lock: asyncio.Lock) -> None:
 async def storm_of(url: str, all_visits: list[Visit], spare: int) -> Counter[str]:
     """Run all visits at once on a pool that is just large enough, plus `spare`; what became of them."""
     # Every task could hold all but its last connection, and one of them still gets that.
-    capacity = sum(one.depth - 1 for one in all_visits) + 1 + spare
+    capacity = sum(visit.depth - 1 for visit in all_visits) + 1 + spare
     ours = asyncio.all_tasks()
     engine = create_async_engine(url, pool_size=capacity, max_overflow=0, pool_timeout=1)
     # All are open before anybody is cancelled: whoever is cancelled while connecting leaves the queue asleep.
@@ -89,7 +89,7 @@ async def storm_of(url: str, all_visits: list[Visit], spare: int) -> Counter[str
             asyncio.get_running_loop().call_later(visit.cancelled_after / 1000, task.cancel)
         tasks.append(task)
     ends = await asyncio.gather(*tasks, return_exceptions=True)
-    outcomes = Counter("ok" if one is None else type(one).__name__ for one in ends)
+    outcomes = Counter("ok" if end is None else type(end).__name__ for end in ends)
     assert scope.deadlocks == [], scope.deadlocks[0]
     assert scope.most_held_by_one <= 1  # each connection in a task of its own
     # What a cancelled parent has left to its child ends by itself.

@@ -70,7 +70,7 @@ def run(server: Server) -> Callable[[Callable[[AsyncSession], Coroutine[Any, Any
 
 
 def culprits(session: Any = None) -> list[tuple[int, str, str]]:
-    return [(one.count, one.name, one.kind) for one in SessionCensus(session).keepers]
+    return [(keeper.count, keeper.name, keeper.kind) for keeper in SessionCensus(session).keepers]
 
 
 def test_a_clean_stream_leaves_nothing(run: Any) -> None:
@@ -186,11 +186,11 @@ def test_a_loaded_collection_on_a_living_parent(run: Any) -> None:
         assert bananas is not None
         sales = len(bananas.sales)
         census = SessionCensus(session)
-        assert {(one.name, one.kind) for one in census.keepers} == {
+        assert {(keeper.name, keeper.kind) for keeper in census.keepers} == {
             ("Product", "variable"),
             ("Sale", "collection"),
         }
-        (held,) = (one for one in census.keepers if one.name == "Sale")
+        (held,) = (keeper for keeper in census.keepers if keeper.name == "Sale")
         assert held.count == sales
         assert held.where.startswith(
             "Product.sales, whose owner is kept by variable bananas in main, line "
@@ -211,7 +211,7 @@ def test_a_cycle(run: Any) -> None:
         assert (await session.scalar(load)) is not None
         census = SessionCensus(session)
         assert census.alive["Sale"] > ROWS
-        assert {one.kind for one in census.keepers} == {"cycle"}
+        assert {keeper.kind for keeper in census.keepers} == {"cycle"}
         gc.collect()
         assert not SessionCensus(session).alive
 
@@ -264,7 +264,9 @@ def test_a_scoped_session_that_nobody_removed(server: Server) -> None:
         await asyncio.gather(*tasks)
         census = SessionCensus()
         assert census.sessions == 5
-        assert [(one.count, one.kind) for one in census.keepers] == [(50, "scoped registry")]
+        assert [(keeper.count, keeper.kind) for keeper in census.keepers] == [
+            (50, "scoped registry")
+        ]
         assert "5 scoped sessions kept for tasks that have ended" in str(census)
         for session in scoped.registry.registry.values():
             await session.close()
@@ -506,11 +508,11 @@ def in_a_context_variable() -> Iterator[None]:
 
 def in_one_of_many_context_variables() -> Iterator[None]:
     many = [contextvars.ContextVar[Any](f"number {number}") for number in range(100)]
-    before = [(one, one.set(one.name)) for one in many]
+    before = [(variable, variable.set(variable.name)) for variable in many]
     many[70].set(products())
     yield
-    for one, token in before:
-        one.reset(token)
+    for variable, token in before:
+        variable.reset(token)
 
 
 def in_the_context_of_a_thread() -> Iterator[None]:

@@ -62,7 +62,7 @@ def address(offered: Console) -> Path:
 
 
 def threads() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "ormscope-console"]
+    return [thread for thread in threading.enumerate() if thread.name == "ormscope-console"]
 
 
 def raw(offered: Console, *sent: bytes, with_token: bool = True) -> bytes:
@@ -225,14 +225,14 @@ def test_a_port_asks_for_its_token(
 
 def test_a_crowd_is_told_to_wait(offered: Console) -> None:
     crowd = [Connection(address(offered)) for _ in range(8)]
-    for one in crowd:
-        assert one.ask("state")["pid"] == os.getpid()
+    for client in crowd:
+        assert client.ask("state")["pid"] == os.getpid()
     assert b"8 consoles are connected" in raw(offered, b"state\n") or not raw(offered, b"state\n")
     crowd[0].close()
     assert await_that(lambda: b"pid" in raw(offered, b"state\n"), 10)
-    for one in crowd[1:]:
-        assert one.ask("state")["pid"] == os.getpid(), "the crowd's own are still served"
-        one.close()
+    for client in crowd[1:]:
+        assert client.ask("state")["pid"] == os.getpid(), "the crowd's own are still served"
+        client.close()
 
 
 def test_whoever_does_not_read_holds_up_nobody(offered: Console) -> None:
@@ -556,5 +556,5 @@ def test_the_picture_tells_what_the_view_shows() -> None:
     assert re.findall(r"https?://[^\"]+", svg) == ["http://www.w3.org/2000/svg"]
     assert "url(" not in svg.replace("url(#", "")
     text = "\n".join(lines_of(svg))
-    assert all(one in text for one in ("process 4711: shop.py", "deadlock", "Who holds"))
+    assert all(expected in text for expected in ("process 4711: shop.py", "deadlock", "Who holds"))
     assert not re.search(r"/(tmp|home|root|work|Users)\b", html.unescape(svg))

@@ -616,19 +616,19 @@ def test_finish_before_anybody_asks(url: str) -> None:
 # Several pools.
 
 
-async def hold_one_ask_other(one: AsyncEngine, other: AsyncEngine, gate: Gate) -> None:
-    async with one.connect() as first:
+async def hold_one_ask_other(held: AsyncEngine, asked: AsyncEngine, gate: Gate) -> None:
+    async with held.connect() as first:
         await first.execute(SELECT)
         await gate.wait()
-        async with other.connect() as second:
+        async with asked.connect() as second:
             await second.execute(SELECT)
 
 
-def hold_one_ask_other_in_thread(one: Engine, other: Engine, gate: Gate) -> None:
-    with one.connect() as first:
+def hold_one_ask_other_in_thread(held: Engine, asked: Engine, gate: Gate) -> None:
+    with held.connect() as first:
         first.execute(SELECT)
         gate.wait_in_thread()
-        with other.connect() as second:
+        with asked.connect() as second:
             second.execute(SELECT)
 
 

@@ -37,7 +37,7 @@ QUERIES = [
     for panel in PANELS
     for target in panel["targets"]
 ]
-VARIABLES = [one for one in BOARD["templating"]["list"] if one["type"] == "query"]
+VARIABLES = [variable for variable in BOARD["templating"]["list"] if variable["type"] == "query"]
 STATES = ("starved", "busy", "blocked")
 EVERY = {("starved", "orders"), ("blocked", "orders")} | {
     ("busy", pool) for pool in ("orders", "mail", "reports")
@@ -69,10 +69,10 @@ class Fleet:
         """The values of an expression by worker and pool, without NaN; there is one series for each."""
         answer = self.prometheus.query(expression)
         values = {
-            (self.state_of(one["metric"]["instance"]), one["metric"].get("pool", "")): float(
-                one["value"][1]
+            (self.state_of(series["metric"]["instance"]), series["metric"].get("pool", "")): float(
+                series["value"][1]
             )
-            for one in answer
+            for series in answer
         }
         assert len(values) == len(answer), "two lines with the same legend"
         return {at: value for at, value in values.items() if not math.isnan(value)}
@@ -96,7 +96,11 @@ def fleet(server: Server) -> Iterator[Fleet]:
     }
     prometheus = None
     try:
-        ports = {state: int(one.stdout.readline()) for state, one in workers.items() if one.stdout}
+        ports = {
+            state: int(worker.stdout.readline())
+            for state, worker in workers.items()
+            if worker.stdout
+        }
         rules = ALERTS.read_text(encoding="utf-8")
         prometheus = Prometheus(list(ports.values()), rules, scrape_seconds=0.5)
         for worker in workers.values():
@@ -118,10 +122,10 @@ def fleet(server: Server) -> Iterator[Fleet]:
 def all_of(fleet: Fleet) -> dict[str, str]:
     """The template variables, each queried as Grafana does and filled into the next: all values."""
     values: dict[str, str] = {}
-    for one in VARIABLES:
-        ((series, label),) = re.findall(r"^label_values\((.+), (\w+)\)$", one["query"])
+    for variable in VARIABLES:
+        ((series, label),) = re.findall(r"^label_values\((.+), (\w+)\)$", variable["query"])
         found = fleet.prometheus.values(label, with_values(series, values))
-        assert found and label == one["name"]
+        assert found and label == variable["name"]
         values[label] = one_of(*found)
     return values
 
@@ -193,7 +197,7 @@ def test_how_many_series_a_pool_costs() -> None:
 
 def test_every_variable_has_its_values(fleet: Fleet) -> None:
     values = all_of(fleet)
-    assert [one["name"] for one in BOARD["templating"]["list"]] == ["datasource", *values]
+    assert [variable["name"] for variable in BOARD["templating"]["list"]] == ["datasource", *values]
     assert values["job"] == "(shop)"
     assert values["pool"] == "(mail|orders|reports)"
     assert values["instance"].count("127") == 3
@@ -248,7 +252,7 @@ def test_the_panels_show_what_the_scopes_see(fleet: Fleet) -> None:
 
 def test_the_verdict_has_its_words(fleet: Fleet) -> None:
     """Its numbers are what a state timeline can draw; the panel's mapping gives each its cause and colour."""
-    (panel,) = [one for one in PANELS if one["type"] == "state-timeline"]
+    (panel,) = [panel for panel in PANELS if panel["type"] == "state-timeline"]
     (mapping,) = panel["fieldConfig"]["defaults"]["mappings"]
     words = {float(number): about["text"] for number, about in mapping["options"].items()}
     assert list(words.values()) == list(get_args(verdict.Cause))
@@ -340,7 +344,7 @@ def test_it_has_the_types_of_grafanas_schema(
     wrong: tuple[str, str] | None, grafanas_types: Path
 ) -> None:
     wanted = [("Dashboard", BOARD)]
-    wanted += [("VariableModel", one) for one in BOARD["templating"]["list"]]
+    wanted += [("VariableModel", variable) for variable in BOARD["templating"]["list"]]
     for panel in PANELS:
         kind = {"timeseries": "timeseries", "state-timeline": "timeline"}[panel["type"]]
         wanted += [

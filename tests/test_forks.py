@@ -40,7 +40,7 @@ def surroundings() -> dict[str, Any]:
         "variable": os.environ.get("A_VARIABLE_OF_THIS_TEST"),
         "path": list(sys.path),
         "leader": os.getpid() == os.getsid(0) if os.name == "posix" else None,
-        "streams": [one.isatty() for one in (sys.stdin, sys.stdout, sys.stderr)],
+        "streams": [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)],
     }
 
 
@@ -93,22 +93,26 @@ def test_runs_side_by_side(way: str) -> None:
         threading.Thread(target=lambda: found.append(observe(throw_dice, live=False)))
         for _ in range(8)
     ]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-    assert {one.ended for one in found} == {"returned"}
-    assert len({one.result for one in found}) == 8, "forks begin with the same random numbers"
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {fork.ended for fork in found} == {"returned"}
+    assert len({fork.result for fork in found}) == 8, "forks begin with the same random numbers"
 
 
 @needs_forks
 def test_a_server_that_was_killed_is_replaced() -> None:
     observe(surroundings, live=False)
-    (before,) = [one for one in psutil.Process().children() if "serve" in " ".join(one.cmdline())]
+    (before,) = [
+        child for child in psutil.Process().children() if "serve" in " ".join(child.cmdline())
+    ]
     before.kill()
     before.wait()
     assert observe(surroundings, live=False).ended == "returned"
-    (after,) = [one for one in psutil.Process().children() if "serve" in " ".join(one.cmdline())]
+    (after,) = [
+        child for child in psutil.Process().children() if "serve" in " ".join(child.cmdline())
+    ]
     assert after.pid != before.pid
 
 

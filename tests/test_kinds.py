@@ -924,8 +924,8 @@ def test_the_advice_for_barging_cures(server: Server, threads: bool) -> None:
         time.sleep(0.2)
         asked = time.perf_counter()
         customers = [threading.Thread(target=customer) for _ in range(3)]
-        for one in customers:
-            one.start()
+        for customer in customers:
+            customer.start()
         time.sleep(0.5)
         verdict = scope.verdict()
         served = sum(at - asked < 0.6 for at in found)

@@ -325,13 +325,13 @@ def test_the_exposition_is_one(url: str) -> None:
         families = list(text_string_to_metric_families(generate_latest(registry).decode()))
         assert len(families) == 16
         again = list(openmetrics_families(openmetrics.generate_latest(registry).decode()))
-        assert [one.name for one in again] == [one.name for one in families]
+        assert [family.name for family in again] == [family.name for family in families]
         for family in families:
             assert family.documentation.endswith(".")
             assert re.fullmatch(r"sqlalchemy_pool_[a-z_]+|event_loop_lag_seconds", family.name)
             assert "milli" not in family.name
             if family.type == "counter":
-                assert all(one.name.endswith("_total") for one in family.samples)
+                assert all(sample.name.endswith("_total") for sample in family.samples)
         await engine.dispose()
 
     run(main())
@@ -461,15 +461,15 @@ def test_scraped_while_it_works(server: Server) -> None:
                 failures.append(error)
 
         lookers = [threading.Thread(target=look) for _ in range(2)]
-        for one in lookers:
-            one.start()
+        for looker in lookers:
+            looker.start()
         try:
             for _ in range(3):
                 await asyncio.gather(*(price_of(engine) for _ in range(50)))
         finally:
             done.set()
-            for one in lookers:
-                one.join()
+            for looker in lookers:
+                looker.join()
         found = values(registry)
         assert (found["checkouts_total"], found["hold_seconds_count"]) == (150, 150)
         await engine.dispose()
@@ -612,9 +612,9 @@ def test_prometheus_fires_for_the_starved_and_not_for_the_busy(server: Server) -
                 'count_over_time(sqlalchemy_pool_verdict{pool="busy",cause="saturated"}[1h])',
             )
             assert int(seen["value"][1]) >= 12
-            for one in await asyncio.to_thread(prometheus.alerts):
-                assert one["labels"]["severity"] == "page" and one["labels"]["instance"]
-                assert "verdict" in one["annotations"]["action"], "it says what to do"
+            for alert in await asyncio.to_thread(prometheus.alerts):
+                assert alert["labels"]["severity"] == "page" and alert["labels"]["instance"]
+                assert "verdict" in alert["annotations"]["action"], "it says what to do"
             return await asyncio.to_thread(prometheus.fired)
         finally:
             await asyncio.to_thread(prometheus.close)
@@ -630,7 +630,7 @@ def test_prometheus_fires_for_the_starved_and_not_for_the_busy(server: Server) -
     assert run(main()) == wanted
     assert {pool: alerts_of(scrapes[pool]) for pool in expected} == expected
     for pool in expected:
-        assert mode(one["checked_out"] for one in scrapes[pool]) == 10
+        assert mode(scrape["checked_out"] for scrape in scrapes[pool]) == 10
 
 
 @pytest.mark.parametrize(

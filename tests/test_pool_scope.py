@@ -134,12 +134,12 @@ def test_deadlock_is_proved_however_the_holder_waits(
         verdict = await scope.deadlock()
         assert verdict.cause == "deadlock"
         assert verdict.checked_out == verdict.capacity == 3
-        assert {one.owner for one in verdict.holding} == {"order 0", "order 1", "order 2"}
-        assert {one.places[0].function for one in verdict.holding} == {"hold_and_ask"}
-        assert {one.places[0].text for one in verdict.holding} == {
+        assert {holder.owner for holder in verdict.holding} == {"order 0", "order 1", "order 2"}
+        assert {holder.places[0].function for holder in verdict.holding} == {"hold_and_ask"}
+        assert {holder.places[0].text for holder in verdict.holding} == {
             "async with engine.connect() as outer:"
         }
-        assert {one.waits.places[0].text for one in verdict.holding if one.waits} == {
+        assert {holder.waits.places[0].text for holder in verdict.holding if holder.waits} == {
             "async with engine.connect() as connection:"
         }
         assert (verdict.tasks, verdict.depth, verdict.needed) == (3, 2, 4)
@@ -191,10 +191,10 @@ def test_the_line_that_asks_is_found_wherever_it_stands(
         scope, meet = PoolScope(engine), asyncio.Barrier(2)
         tasks = [asyncio.create_task(hold_and_ask(engine, way, meet)) for _ in range(2)]
         verdict = await scope.deadlock()
-        asked = {one.waits.places[0].text for one in verdict.holding if one.waits}
+        asked = {holder.waits.places[0].text for holder in verdict.holding if holder.waits}
         assert len(asked) == 1
         assert re.search(r"# (in an? \w+)", asked.pop()), "not the line of the innermost function"
-        assert {one.places[0].text for one in verdict.holding} == {
+        assert {holder.places[0].text for holder in verdict.holding} == {
             "async with engine.connect() as outer:"
         }
         await cancelled(*tasks)
@@ -232,11 +232,11 @@ def test_a_holder_that_waits_for_the_database_is_no_deadlock(server: Server) -> 
         tasks = [asyncio.create_task(slow()) for _ in range(4)]
         while (
             len(scope.waiters) < 2
-            or [one.last_sql for one in scope.holders] != ["select pg_sleep(0.3)"] * 2
+            or [holder.last_sql for holder in scope.holders] != ["select pg_sleep(0.3)"] * 2
         ):
             await asyncio.sleep(0.01)
         assert scope.verdict().cause == "saturated"
-        assert {one.places[0].text for one in scope.verdict().holding} == {
+        assert {holder.places[0].text for holder in scope.verdict().holding} == {
             "async with engine.connect() as connection:"
         }
         await asyncio.gather(*tasks)
@@ -331,17 +331,17 @@ def test_deadlock_across_two_pools(url: str, tmp_path: Path) -> None:
         b = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=None)
         scopes, meet = (PoolScope(a, "a"), PoolScope(b, "b")), asyncio.Barrier(2)
 
-        async def hold_one_ask_other(one: AsyncEngine, other: AsyncEngine) -> None:
-            async with one.connect():
+        async def hold_one_ask_other(held: AsyncEngine, asked: AsyncEngine) -> None:
+            async with held.connect():
                 await meet.wait()
-                await price_of(other)
+                await price_of(asked)
 
         tasks = [
             asyncio.create_task(hold_one_ask_other(a, b)),
             asyncio.create_task(hold_one_ask_other(b, a)),
         ]
         found = await asyncio.gather(*(scope.deadlock() for scope in scopes))
-        assert [one.cause for one in found] == ["deadlock", "deadlock"]
+        assert [verdict.cause for verdict in found] == ["deadlock", "deadlock"]
         await cancelled(*tasks)
         await a.dispose()
         await b.dispose()
@@ -356,7 +356,7 @@ def test_timeout_ends_a_deadlock_and_the_pool_looks_healthy(url: str) -> None:
         outcomes = await asyncio.gather(
             *(hold_and_ask(engine, directly, meet) for _ in range(2)), return_exceptions=True
         )
-        failed = [one for one in outcomes if isinstance(one, PoolTimeoutError)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, PoolTimeoutError)]
         assert failed and scope.timeouts == len(failed)
         assert len(scope.deadlocks) == 1
         assert "pool_timeout (0.3 s)" in str(scope.deadlocks[0])
@@ -421,10 +421,10 @@ def test_curve_has_every_change(url: str) -> None:
             await until(lambda: scope.waiters)
         await waiter
         assert scope.capacity == 3
-        assert max(one.checked_out for one in scope.samples) == 3
-        assert max(one.waiting for one in scope.samples) == 1
+        assert max(sample.checked_out for sample in scope.samples) == 3
+        assert max(sample.waiting for sample in scope.samples) == 1
         assert scope.samples[-1].checked_out == scope.samples[-1].waiting == 0
-        times = [one.time for one in scope.samples]
+        times = [sample.time for sample in scope.samples]
         assert times == sorted(times)
         assert scope.served_after_wait == 1
         await engine.dispose()
@@ -474,7 +474,7 @@ def test_pools_without_a_limit_never_wait(url: str) -> None:
             scope, meet = PoolScope(engine, samples=True), asyncio.Barrier(4)
             await asyncio.gather(*(hold_and_ask(engine, directly, meet) for _ in range(4)))
             assert scope.capacity is None
-            assert max(one.checked_out for one in scope.samples) >= 4
+            assert max(sample.checked_out for sample in scope.samples) >= 4
             assert (scope.checked_out, scope.deadlocks, scope.served_after_wait) == (0, [], 0)
             await engine.dispose()
 
@@ -500,7 +500,7 @@ def test_threads_on_a_synchronous_pool(server: Server, threads: int, deadlocks: 
     assert len(scope.deadlocks) == deadlocks
     if deadlocks:
         assert {
-            one.places[0].function.rpartition(".")[2] for one in scope.deadlocks[0].holding
+            holder.places[0].function.rpartition(".")[2] for holder in scope.deadlocks[0].holding
         } == {"hold_and_ask_in_thread"}
     engine.dispose()
 

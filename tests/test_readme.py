@@ -60,9 +60,9 @@ def test_every_claim_of_the_article_has_its_verdict() -> None:
 def test_verdict_on_a_claim_is_what_its_cell_printed(
     claim: str, verdict: str, path: str, cell_id: str
 ) -> None:
-    (cell,) = [one for one in cells(path) if one.id == cell_id]
+    (cell,) = [cell for cell in cells(path) if cell.id == cell_id]
     assert f"claim-{claim}" in cell.metadata.tags
-    printed = "".join(one.text for one in cell.outputs if one.output_type == "stream")
+    printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     assert f"{claim} {verdict}" in printed.splitlines()
 
 
@@ -71,12 +71,12 @@ def test_the_picture_is_the_one_in_lesson_01() -> None:
     import base64
 
     (cell,) = [
-        one
-        for one in cells("notebooks/01_pool_starvation.ipynb")
-        if "readme" in one.metadata.get("tags", [])
+        cell
+        for cell in cells("notebooks/01_pool_starvation.ipynb")
+        if "readme" in cell.metadata.get("tags", [])
     ]
     (stored,) = [
-        one.data["image/png"] for one in cell.outputs if "image/png" in one.get("data", {})
+        output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
     ]
     assert base64.b64decode(stored) == (ROOT / "notebooks/01_pool_starvation.png").read_bytes()
     assert "](notebooks/01_pool_starvation.png)" in README

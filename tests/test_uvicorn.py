@@ -161,7 +161,7 @@ def test_a_starved_service_is_read_in_four_ways(programs: Path, server: Server) 
         assert "DEADLOCK" not in shop.log
         shop.run(SIGNAL)
         wanted = (f"ORMSCOPE, process {shop.process.pid}", "DEADLOCK in shop (hold-and-wait)")
-        assert await_that(lambda: all(one in shop.log for one in wanted), PATIENCE), shop.log
+        assert await_that(lambda: all(line in shop.log for line in wanted), PATIENCE), shop.log
 
         with looking(shop) as view:
             view.shows("shop", "deadlock", "price_of")
@@ -186,7 +186,7 @@ def test_three_ways_lead_into_a_blocked_service(programs: Path, server: Server) 
 
         shop.run(SIGNAL)
         wanted = (f"ORMSCOPE, process {shop.process.pid}", "LOOP BLOCKED", "time.sleep(60)")
-        assert await_that(lambda: all(one in shop.log for one in wanted), PATIENCE), shop.log
+        assert await_that(lambda: all(line in shop.log for line in wanted), PATIENCE), shop.log
 
         with looking(shop) as view:
             view.shows("shop", "loop blocked", "print_invoice")

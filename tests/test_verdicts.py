@@ -217,7 +217,7 @@ def test_a_synchronous_wait_on_the_loop_blocks_it(server: Server) -> None:
 
     asyncio.run(main())
     engine.dispose()
-    assert [one.cause for one in found] == ["loop blocked"]
+    assert [verdict.cause for verdict in found] == ["loop blocked"]
     assert found[0].blocked is not None and found[0].blocked.function.endswith("ask")
 
 
