@@ -49,7 +49,7 @@ COMMANDS = {
     "doctor": ["workshop.doctor"],
     "bench": ["workshop.bench"],
     "matrix": ["workshop.matrix"],
-    "progress": ["workshop.exercises"],
+    "progress": ["workshop.progress"],
     "reset": ["workshop.generator"],
 }
 # What uv or pip say when they fail, and what the user is told.

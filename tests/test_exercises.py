@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -27,7 +28,7 @@ from nbclient import NotebookClient
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from workshop import database, exercises
+from workshop import database, exercises, progress
 from workshop import generator as generator_module
 from workshop.checks.catalogue import Misconception, misconceptions
 from workshop.checks.task import Task
@@ -35,13 +36,19 @@ from workshop.database import Server
 
 ROOT = Path(__file__).parents[1]
 
+
+def checks_of(number: str) -> ModuleType:
+    """The checks of an exercise, as its notebook imports them."""
+    return importlib.import_module(f"workshop.checks.{exercises.path_of(number).stem[3:]}")
+
+
 MODULES = {
     number: importlib.import_module(f"answers.exercise_{number}") for number in exercises.numbers()
 }
 TASKS: dict[str, tuple[Task, Answers, Any]] = {
-    f"{number}-{name}": (task, MODULES[number].ANSWERS[name], MODULES[number])
-    for number in exercises.numbers()
-    for name, task in exercises.tasks(number).items()
+    f"{number}-{name}": (getattr(checks_of(number), name), module.ANSWERS[name], module)
+    for number, module in MODULES.items()
+    for name in exercises.task_names(number)
 }
 each_task = pytest.mark.parametrize("task, answers, module", TASKS.values(), ids=TASKS)
 
@@ -75,7 +82,7 @@ def test_as_given(task: Task, answers: Answers, module: Any) -> None:
 @pytest.mark.parametrize(
     "task, answer",
     [(task, answer) for task, answers, _ in TASKS.values() for answer in answers.right],
-    ids=lambda one: one.name if isinstance(one, Task) else one.__name__,
+    ids=lambda part: part.name if isinstance(part, Task) else part.__name__,
 )
 def test_right_answer(task: Task, answer: Callable[..., Any]) -> None:
     outcome = task.check(answer)
@@ -86,7 +93,7 @@ def test_right_answer(task: Task, answer: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     "task, answer, misconception",
     [(task, *wrong) for task, answers, _ in TASKS.values() for wrong in answers.wrong],
-    ids=lambda one: one if isinstance(one, str) else getattr(one, "name", None) or one.__name__,
+    ids=lambda part: part if isinstance(part, str) else getattr(part, "name", "") or part.__name__,
 )
 def test_wrong_answer(task: Task, answer: Callable[..., Any], misconception: str) -> None:
     """It draws exactly its misconception, with the sentence that helps and the place to read again."""
@@ -99,7 +106,7 @@ def test_wrong_answer(task: Task, answer: Callable[..., Any], misconception: str
 
 @each_task
 def test_code_that_raises(task: Task, answers: Answers, module: Any) -> None:
-    """The learner reads his own traceback, and nothing of the machinery."""
+    """The learner reads their own traceback, and nothing of the machinery."""
     outcome = task.check(written("raise LookupError('nowhere')", module, task))
     assert outcome.kind == "raised", outcome
     assert "LookupError: nowhere" in outcome.text
@@ -148,7 +155,7 @@ def test_hints_come_one_at_a_time_and_then_the_solution(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(task, "_hints_shown", 0)
-    monkeypatch.setattr(exercises, "PROGRESS", tmp_path / "progress.json")
+    monkeypatch.setattr(progress, "PROGRESS", tmp_path / "progress.json")
     assert 2 <= len(task.hints) <= 3
     task.show_solution()
     assert capsys.readouterr().out.startswith("Not yet:")
@@ -160,7 +167,7 @@ def test_hints_come_one_at_a_time_and_then_the_solution(
     task.show_solution()
     printed = capsys.readouterr().out
     assert exercises.solution_of(task.exercise, task.name)
-    assert all(one in printed for one in exercises.solution_of(task.exercise, task.name))
+    assert all(source in printed for source in exercises.solution_of(task.exercise, task.name))
 
 
 # What learners do besides
@@ -253,7 +260,9 @@ def test_an_interrupted_check(server: Server) -> None:
 
 def test_checks_leave_nothing_running(server: Server) -> None:
     """Again and again, whatever the answer does."""
-    texts = {str(TASK.check(one)) for one in [MODULE.nine_permits, *[MODULE.return_at_once] * 9]}
+    texts = {
+        str(TASK.check(answer)) for answer in [MODULE.nine_permits, *[MODULE.return_at_once] * 9]
+    }
     assert len(texts) == 2, "the feedback differs from run to run"
     assert observed() == []
     assert await_that(lambda: asyncio.run(_clients(server.url)) == 0, 3)
@@ -283,14 +292,16 @@ CHECK = (
 
 def run_cells(*sources: str) -> list[str]:
     """What cells show in a fresh kernel, one after another, also after one that fails."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in sources])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in sources]
+    )
     NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=120).execute(
         stderr=subprocess.DEVNULL
     )
     return [
         "".join(
-            "\n".join(one.traceback) if one.output_type == "error" else one.get("text", "")
-            for one in cell.outputs
+            "\n".join(output.traceback) if output.output_type == "error" else output.get("text", "")
+            for output in cell.outputs
         )
         for cell in notebook.cells
     ]
@@ -359,9 +370,9 @@ def test_an_exercise_shows_what_to_expect(number: str) -> None:
     """The picture of each solved check, with its text alternative."""
     exercise = generator_module.generated(nbformat.read(exercises.path_of(number), as_version=4))
     expected = [cell for cell in exercise.cells if cell.get("attachments")]
-    assert len(expected) == len(exercises.tasks(number))
+    assert len(expected) == len(exercises.task_names(number))
     alternative = re.compile(r"!\[.*\bas given\b.{10,}\byours\b.{10,}\]\(attachment:")
-    assert all(alternative.search(one.source) for one in expected)
+    assert all(alternative.search(cell.source) for cell in expected)
 
 
 def test_the_pictures_of_exercise_07_tell_what_was_told() -> None:
@@ -376,10 +387,12 @@ def test_the_pictures_of_exercise_07_tell_what_was_told() -> None:
 def test_each_task_has_its_cells(number: str) -> None:
     """A function to mend, a check, a solution that the check calls right."""
     solution = nbformat.read(exercises.path_of(number), as_version=4)
-    tasks = exercises.tasks(number)
-    assert 2 <= len(tasks) <= 4
+    tasks = {name: task for name, task in vars(checks_of(number)).items() if isinstance(task, Task)}
+    names = exercises.task_names(number)
+    assert 2 <= len(names) <= 4
+    assert {name: task.name for name, task in tasks.items()} == {name: name for name in names}
     checks = {cell.id: cell for cell in solution.cells if cell.id.startswith("check-")}
-    assert list(checks) == [f"check-{name.replace('_', '-')}" for name in tasks]
+    assert list(checks) == [f"check-{name.replace('_', '-')}" for name in names]
     for name, task in tasks.items():
         assert task.function in exercises.given_functions(number)
         assert exercises.solution_of(number, name)
@@ -426,9 +439,9 @@ def test_reset_keeps_the_version_of_the_learner(checkout: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         kept = sorted((checkout / "exercises" / "kept").iterdir())
         assert len(kept) == number
-        assert [one for one in kept if one.name in done.stdout]
+        assert [version for version in kept if version.name in done.stdout]
         assert sources(path) == as_made
-    assert sorted(one.read_bytes() for one in kept) == sorted(versions)
+    assert sorted(version.read_bytes() for version in kept) == sorted(versions)
     done = run(checkout, "workshop.generator", "01")
     assert done.stdout == f"exercises/{path.name} is as it was made.\n"
 
@@ -449,10 +462,10 @@ def test_reset_of_an_exercise_that_is_gone_or_never_was(checkout: Path) -> None:
 def test_progress(checkout: Path) -> None:
     """What is right stays right, what is no try is not noted, and only the learner's own notebooks count."""
     note = (
-        "from workshop.exercises import note\n"
+        "from workshop.progress import note\n"
         "for kind in {kinds}: note('01', 'reuse_the_session', kind)"
     )
-    total = sum(len(exercises.tasks(number)) for number in exercises.numbers())
+    total = sum(len(exercises.task_names(number)) for number in exercises.numbers())
 
     def after(folder: str, *kinds: str) -> tuple[str, str]:
         subprocess.run(
@@ -461,15 +474,15 @@ def test_progress(checkout: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(checkout)},
             check=True,
         )
-        lines = run(checkout, "workshop.exercises").stdout.splitlines()
+        lines = run(checkout, "workshop.progress").stdout.splitlines()
         assert len(lines) == total + 1
         return lines[0].split()[-1], lines[-1]
 
-    nothing, one = f"0 of {total} tasks done", f"1 of {total} tasks done"
+    nothing, first = f"0 of {total} tasks done", f"1 of {total} tasks done"
     assert after("exercises", "not attempted", "stopped") == ("open", nothing)
     assert after("solutions", "right") == ("open", nothing)
     assert after("exercises", "raised", "wrong") == ("tried", nothing)
-    assert after("exercises", "right", "wrong") == ("done", one)
+    assert after("exercises", "right", "wrong") == ("done", first)
     (checkout / "exercises" / "progress.json").write_text('{"01": {', "utf-8")
     assert after("exercises", "stopped") == ("open", nothing)
 

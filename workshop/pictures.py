@@ -223,7 +223,7 @@ def answers(wanted: Mapping[str, str], said: Mapping[str, Mapping[str, str]]) ->
 
 
 def progress_board(state: Mapping[str, Mapping[str, str]]) -> Picture:
-    """What is done of the exercises: a row for each task, as `workshop.exercises.state` tells them."""
+    """What is done of the exercises: a row for each task, as `workshop.progress.state` tells them."""
     rows = [(number, *task) for number, tasks in state.items() for task in tasks.items()]
     looks = {"done": (COMPLETED, "●"), "tried": (LOOP_LAG, "◐"), "open": (OBJECTS, "○")}
     with look():

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import workshop
 from ormscope.lab import Recording, observe
 from ormscope.lab.observe import UnsendableError
 from ormscope.lab.run import Curve
-from workshop import exercises
+from workshop import exercises, progress
 from workshop.checks.catalogue import misconceptions
 from workshop.checks.evidence import LOAD_SECONDS
 from workshop.database import database_url
+from workshop.kernel import syntax_error_of
 from workshop.mistake import Mistake
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Task:
 
             before = self._run(self._given(answer), "as given", **self._trials[0])
             display(self._plot(before, outcome.run))
-        exercises.note(self.exercise, self.name, outcome.kind)
+        progress.note(self.exercise, self.name, outcome.kind)
 
     def hint(self) -> None:
         """Show the next hint; after the last one, all of them again."""
@@ -122,7 +122,7 @@ class Task:
     def show_solution(self) -> None:
         """Show a solution, once the task is done or all hints have been read."""
         left = len(self.hints) - self._hints_shown
-        if left and not exercises.is_done(self.exercise, self.name):
+        if left and not progress.is_done(self.exercise, self.name):
             print(
                 f"Not yet: solve it, or read the hints that are left: {left} (check.{self.name}.hint())."
             )
@@ -203,9 +203,9 @@ class Task:
         """Why `answer` cannot be what was asked for; empty where it can."""
         given = exercises.given_functions(self.exercise)[self.function]
         wanted = f"{self.function}({ast.unparse(given.args)})"
-        if self.function in workshop.unread:
+        if error := syntax_error_of(self.function):
             return (
-                f"the last version of {self.function} has a syntax error ({workshop.unread[self.function]}), "
+                f"the last version of {self.function} has a syntax error ({error}), "
                 "so Python still knows the one before it. Mend it, run its cell, and check again."
             )
         if inspect.iscoroutine(answer):
