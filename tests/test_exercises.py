@@ -30,6 +30,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from workshop import database, exercises, progress
 from workshop import generator as generator_module
+from workshop.checks.answer import as_given
 from workshop.checks.catalogue import Misconception, misconceptions
 from workshop.checks.task import Task
 from workshop.database import Server
@@ -45,7 +46,7 @@ def checks_of(number: str) -> ModuleType:
 MODULES = {
     number: importlib.import_module(f"answers.exercise_{number}") for number in exercises.numbers()
 }
-TASKS: dict[str, tuple[Task, Answers, Any]] = {
+TASKS: dict[str, tuple[Task[Any], Answers, Any]] = {
     f"{number}-{name}": (getattr(checks_of(number), name), module.ANSWERS[name], module)
     for number, module in MODULES.items()
     for name in exercises.task_names(number)
@@ -62,7 +63,7 @@ def one_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 # The matrix
 
 
-def written(source: str, module: Any, task: Task) -> Callable[..., Any]:
+def written(source: str, module: Any, task: Task[Any]) -> Callable[..., Any]:
     """A function that a learner writes with these lines as its body, under the task's name and arguments."""
     given = exercises.given_functions(task.exercise)[task.function]
     prefix = "async " if isinstance(given, ast.AsyncFunctionDef) else ""
@@ -75,8 +76,10 @@ def written(source: str, module: Any, task: Task) -> Callable[..., Any]:
 
 
 @each_task
-def test_as_given(task: Task, answers: Answers, module: Any) -> None:
-    assert task.check(task._given(answers.right[0])).kind == "not attempted"
+def test_as_given(task: Task[Any], answers: Answers, module: Any) -> None:
+    assert (
+        task.check(as_given(task.exercise, task.function, answers.right[0])).kind == "not attempted"
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_as_given(task: Task, answers: Answers, module: Any) -> None:
     [(task, answer) for task, answers, _ in TASKS.values() for answer in answers.right],
     ids=lambda part: part.name if isinstance(part, Task) else part.__name__,
 )
-def test_right_answer(task: Task, answer: Callable[..., Any]) -> None:
+def test_right_answer(task: Task[Any], answer: Callable[..., Any]) -> None:
     outcome = task.check(answer)
     assert (outcome.kind, outcome.misconception) == ("right", None), outcome
     assert outcome.run is not None
@@ -95,7 +98,7 @@ def test_right_answer(task: Task, answer: Callable[..., Any]) -> None:
     [(task, *wrong) for task, answers, _ in TASKS.values() for wrong in answers.wrong],
     ids=lambda part: part if isinstance(part, str) else getattr(part, "name", "") or part.__name__,
 )
-def test_wrong_answer(task: Task, answer: Callable[..., Any], misconception: str) -> None:
+def test_wrong_answer(task: Task[Any], answer: Callable[..., Any], misconception: str) -> None:
     """It draws exactly its misconception, with the sentence that helps and the place to read again."""
     outcome = task.check(answer)
     assert (outcome.kind, outcome.misconception) == ("wrong", misconception), outcome
@@ -105,7 +108,7 @@ def test_wrong_answer(task: Task, answer: Callable[..., Any], misconception: str
 
 
 @each_task
-def test_code_that_raises(task: Task, answers: Answers, module: Any) -> None:
+def test_code_that_raises(task: Task[Any], answers: Answers, module: Any) -> None:
     """The learner reads their own traceback, and nothing of the machinery."""
     outcome = task.check(written("raise LookupError('nowhere')", module, task))
     assert outcome.kind == "raised", outcome
@@ -114,15 +117,27 @@ def test_code_that_raises(task: Task, answers: Answers, module: Any) -> None:
 
 
 @each_task
-def test_code_that_never_ends(task: Task, answers: Answers, module: Any) -> None:
+def test_code_that_never_ends(
+    task: Task[Any],
+    answers: Answers,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A shorter limit proves the same, as long as the function was reached before it."""
+    monkeypatch.setattr(task, "load_seconds", 2.0)
+    reached = tmp_path / "reached"
     given = exercises.given_functions(task.exercise)[task.function]
     is_async = isinstance(given, ast.AsyncFunctionDef)
-    source = "await __import__('asyncio').Event().wait()" if is_async else "while True: pass"
+    forever = "await __import__('asyncio').Event().wait()" if is_async else "while True: pass"
+    source = f"open({str(reached)!r}, 'w').close()\n    {forever}"
     outcome = task.check(written(source, module, task))
     assert (outcome.kind, outcome.misconception) == ("wrong", "never-ends"), outcome
+    assert reached.exists()
 
 
-def test_code_that_blocks_the_event_loop() -> None:
+def test_code_that_blocks_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TASK, "load_seconds", 1.0)
     outcome = TASK.check(written("while True: pass", MODULE, TASK))
     assert (outcome.kind, outcome.misconception) == ("wrong", "never-ends"), outcome
 
@@ -147,7 +162,7 @@ def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
 
 @each_task
 def test_hints_come_one_at_a_time_and_then_the_solution(
-    task: Task,
+    task: Task[Any],
     answers: Answers,
     module: Any,
     capsys: pytest.CaptureFixture[str],

@@ -1,6 +1,7 @@
 """The checks of the exercises: each runs a learner's code under load, and knows the wrong answers that people give.
 
-One module for each exercise, with the same name; its tasks are called like functions.
+A package for each exercise, with the name of its notebook, and in it a module for each task; tasks are called like
+functions. `rules` has what can be wrong whatever the task is.
 """
 
 import sys

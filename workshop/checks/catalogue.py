@@ -6,6 +6,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,18 @@ class Misconception:
     says: str
     lesson: str
     section: str
+
+
+class Finding(NamedTuple):
+    """A wrong idea, by its name in the catalogue, and what was seen of it in this run."""
+
+    misconception: str
+    evidence: str
+
+    def __str__(self) -> str:
+        about = misconceptions()[self.misconception]
+        read_again = f'Read again: lesson {about.lesson}, "{about.section}".'
+        return "\n".join((about.idea, self.evidence, about.says, read_again))
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from sqlalchemy.pool import QueuePool
 
 from ormscope.places import is_user_code, place
 from ormscope.stacks import is_sleeping, sleeping_frames
+from workshop.checks.lent import Conditions
 
-LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _LOOK_SECONDS = 0.02
 _ASYNCIO = os.path.dirname(asyncio.__file__)
 _QUEUES = {
@@ -35,18 +35,19 @@ _SHARING = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evidence:
-    """What was noted while the learner's code ran.
+    """What was noted while the learner's code ran; each task adds what it looks for besides.
 
-    `ended` says whether the code came to an end within LOAD_SECONDS. `sleepers` and `queuers` are the most tasks
-    at once that slept by the clock, or stood before a lock or semaphore of the learner's own, and `sleeps_at` and
-    `queues_at` where; `sharers` those that wanted a connection which another task was just using. `tampered` says
-    whether a pool that was lent to the code came back changed, `left_out` how many of their connections did not
-    come back, `left_running` how many tasks the code left behind, and `collections` how many full garbage
-    collections there were.
+    `lent` is how many engines the code was lent, the first of the recording's pools, and `ended` says whether it
+    came to an end in time. `sleepers` and `queuers` are the most tasks at once that slept by the clock, or stood
+    before a lock or semaphore of the learner's own, and `sleeps_at` and `queues_at` where; `sharers` those that
+    wanted a connection which another task was just using. `tampered` says whether a pool that was lent to the code
+    came back changed, `left_checked_out` how many of their connections did not come back, `left_running` how many
+    tasks the code left behind, and `collections` how many full garbage collections there were.
     """
 
+    lent: int = 0
     ended: bool = True
     sleepers: int = 0
     sleeps_at: str = ""
@@ -54,18 +55,25 @@ class Evidence:
     queues_at: str = ""
     sharers: int = 0
     tampered: bool = False
-    left_out: int = 0
+    left_checked_out: int = 0
     left_running: int = 0
     collections: int = 0
 
 
+@dataclass(kw_only=True)
+class Work(Evidence):
+    """The evidence of calls that are counted: `done` is how many of them did all that was asked of them."""
+
+    done: int
+
+
 @asynccontextmanager
-async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
+async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterator[Evidence]:
     """Note what happens from here to the end of the block; `engines` are those that the learner's code is lent.
 
-    What has not ended after LOAD_SECONDS is cancelled.
+    What has not ended in time is cancelled.
     """
-    noted = Evidence()
+    noted = Evidence(lent=len(engines))
     pools = [engine.pool for engine in engines]
     before = [_settings(engine) for engine in engines]
 
@@ -76,7 +84,7 @@ async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
     known = asyncio.all_tasks()
     watcher = asyncio.create_task(_watch(noted), name="the check")
     try:
-        async with asyncio.timeout(LOAD_SECONDS):
+        async with asyncio.timeout(conditions.load_seconds):
             yield noted
             noted.left_running = len(asyncio.all_tasks() - known - {watcher})
     except TimeoutError:
@@ -85,7 +93,7 @@ async def evidence(*engines: AsyncEngine) -> AsyncIterator[Evidence]:
         watcher.cancel()
         gc.callbacks.remove(count)
         noted.tampered = before != [_settings(engine) for engine in engines]
-        noted.left_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
+        noted.left_checked_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
 
 
 def _settings(engine: AsyncEngine) -> list[object]:
@@ -93,7 +101,7 @@ def _settings(engine: AsyncEngine) -> list[object]:
     pool = engine.pool
     numbers = [getattr(pool, name, None) for name in ("_max_overflow", "_timeout", "_pre_ping")]
     classes = type(pool).__mro__
-    functions = [vars(one).get(name) for one in classes for name in _POOL_FUNCTIONS]
+    functions = [vars(base).get(name) for base in classes for name in _POOL_FUNCTIONS]
     own = [vars(pool).get(name) for name in _POOL_FUNCTIONS]  # PoolScope's own, or somebody's
     return [id(pool), numbers, classes, functions, own]
 
@@ -106,7 +114,9 @@ async def _watch(noted: Evidence) -> None:
             if not is_sleeping(task):
                 continue
             frames = sleeping_frames(task)
-            callers = [one for one in frames if not one.f_code.co_filename.startswith(_ASYNCIO)]
+            callers = [
+                frame for frame in frames if not frame.f_code.co_filename.startswith(_ASYNCIO)
+            ]
             if not callers or callers[-1] is frames[-1]:
                 continue
             innermost, caller = frames[-1].f_code, callers[-1]

@@ -1,28 +1,42 @@
-"""What the checks lend to the learner's code: an engine, and households whose orders nobody else touches."""
+"""What the checks lend to the learner's code: a database, engines, and households whose orders nobody else touches."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from ormscope.lab import Recording
 from workshop.shop import AuditEntry, Order, OrderLine
 
-POOL_TIMEOUT = (
-    3.0  # seconds; longer than a right answer has to wait, also where the machine is busy
-)
+# In seconds; longer than a right answer has to wait, also where the machine is busy.
+POOL_TIMEOUT = 3.0
 
 
-def engine_of(url: str, capacity: int, name: str = "shop") -> AsyncEngine:
-    """An engine as the exercises lend it."""
-    return create_async_engine(
-        url,
-        pool_size=capacity,
-        max_overflow=0,
-        pool_timeout=POOL_TIMEOUT,
-        pool_logging_name=name,
-    )
+@dataclass(frozen=True)
+class Conditions:
+    """Under what a load runs: the database's URL, and the seconds after which it is cancelled."""
+
+    url: str
+    load_seconds: float
+
+    def engine(self, capacity: int, name: str = "shop") -> AsyncEngine:
+        """An engine as the exercises lend it."""
+        return create_async_engine(
+            self.url,
+            pool_size=capacity,
+            max_overflow=0,
+            pool_timeout=POOL_TIMEOUT,
+            pool_logging_name=name,
+        )
+
+
+def connections(run: Recording) -> str:
+    """How many connections the first of the engines had, in words."""
+    capacity = run.pools[0].capacity
+    return f"{capacity} connection{'s' * (capacity != 1)}"
 
 
 def own_households() -> range:

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import linecache
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from ormscope.lab import Recording, observe
 from ormscope.lab.observe import UnsendableError
 from ormscope.lab.run import Curve
 from workshop import exercises, progress
-from workshop.checks.catalogue import misconceptions
-from workshop.checks.evidence import LOAD_SECONDS
+from workshop.checks.answer import as_given, is_attempted, unfit
+from workshop.checks.catalogue import Finding
+from workshop.checks.lent import Conditions
+from workshop.checks.memory import MemoryBudget
+from workshop.checks.rules import Noted, Rule
 from workshop.database import database_url
-from workshop.kernel import syntax_error_of
 from workshop.mistake import Mistake
 
 if TYPE_CHECKING:
     from ormscope.lab.picture import Picture
 
-FUSE = LOAD_SECONDS + 2  # for what blocks the event loop, so that the load cannot end itself
+LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
+_FUSE_SECONDS = 2.0  # more, for what blocks the event loop, so that the load cannot end itself
 _MOST_LINES_SHOWN = 12
 _WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
 _CHECKS = os.path.dirname(__file__)
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]
-
-
-class Finding(NamedTuple):
-    """A wrong idea, by its name in the catalogue, and what was seen of it in this run."""
-
-    misconception: str
-    evidence: str
+Trials = Sequence[tuple[Recording, Noted]]
+"""The runs of a right answer, each with what was noted in it."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +47,20 @@ class Outcome:
         lines = f"{self.kind.upper()}: {self.text}".splitlines()
         # A traceback is not to be wrapped.
         return "\n".join(
-            one if one.startswith(" ") else textwrap.fill(one, _WIDTH) for one in lines
+            line if line.startswith(" ") else textwrap.fill(line, _WIDTH) for line in lines
         )
 
 
-class Task:
+class Task(Generic[Noted]):
     """One task; call it with the learner's function, and it says what came of it.
 
-    `load(answer, url, **trial)` is an `async def`. It runs in a fresh process under observation, once for each of
-    the `trials` (that is, with other seeds), starts the learner's function through `storm`, and returns what it
-    noted: a dict, or None where it had to give up. `judge(run)` tells the wrong idea, if it sees one, from the
-    recording; `proof(runs)` is the sentence for a right answer, and `plot` draws the code as it was given beside it.
-    `memory_limit` is in MiB.
+    `load(answer, conditions, **trial)` is an `async def`. It runs in a fresh process under observation, once for each
+    of the `trials` (that is, with other seeds), starts the learner's function through `storm`, and returns what it
+    noted. `rules` are what can be wrong with any run, the most telling first; `demands` what the task's text asks
+    of the work besides, for runs in which all calls came to a good end. `proof` is what the runs of a right answer
+    have shown, and `plot` draws the code as it was given beside it. `memory` ends a run that takes too much.
 
-    A check never raises, and ends within seconds whatever the function does.
+    A check never raises, and ends within seconds whatever the function does: `load_seconds` after a load began.
     """
 
     def __init__(
@@ -75,26 +69,30 @@ class Task:
         name: str,
         function: str,
         *,
-        load: Callable[..., Any],
+        load: Callable[..., Coroutine[Any, Any, Noted]],
         trials: Sequence[dict[str, Any]],
-        judge: Callable[[Recording], Finding | None],
-        proof: Callable[[list[Recording]], str],
+        rules: Sequence[Rule[Noted]],
+        demands: Sequence[Rule[Noted]],
+        proof: Callable[[Trials[Noted]], str],
         hints: Sequence[str],
         curves: Sequence[Curve] = ("connections", "requests"),
         plot: Callable[[Recording, Recording], Picture] = Recording.plot,
-        memory_limit: float | None = None,
+        memory: MemoryBudget | None = None,
+        load_seconds: float = LOAD_SECONDS,
     ) -> None:
         self.exercise = exercise
         self.name = name
         self.function = function
         self.hints = tuple(hints)
+        self.load_seconds = load_seconds
         self._load = load
         self._trials = trials
-        self._judge = judge
+        self._rules = rules
+        self._demands = demands
         self._proof = proof
         self._curves = curves
         self._plot = plot
-        self._memory_limit = memory_limit
+        self._memory = memory
         self._hints_shown = 0
 
     def __repr__(self) -> str:
@@ -107,7 +105,9 @@ class Task:
         if outcome.run is not None:
             from IPython.display import display
 
-            before = self._run(self._given(answer), "as given", **self._trials[0])
+            before = self._run(
+                as_given(self.exercise, self.function, answer), "as given", **self._trials[0]
+            )
             display(self._plot(before, outcome.run))
         progress.note(self.exercise, self.name, outcome.kind)
 
@@ -133,9 +133,9 @@ class Task:
 
     def check(self, answer: Any) -> Outcome:
         """What comes of the learner's function `answer`."""
-        if unfit := self._unfit(answer):
-            return Outcome("raised", unfit)
-        if not self._is_attempted(answer):
+        if reason := unfit(self.exercise, self.function, answer):
+            return Outcome("raised", reason)
+        if not is_attempted(self.exercise, answer):
             return Outcome(
                 "not attempted",
                 f"{self.function} is still as it was given. "
@@ -153,25 +153,23 @@ class Task:
                 run = self._run(answer, "yours", **trial)
             except UnsendableError as error:
                 return Outcome("raised", f"your code cannot run in a process of its own: {error}")
-            except (
-                BaseException
-            ) as error:  # SystemExit, say: what the code raised there is raised here
+            except BaseException as error:  # what it raises there is raised here, also SystemExit
                 return Outcome("raised", _told(error))
             if run.ended == "interrupted":
                 return Outcome("stopped", "You stopped the check; nothing was judged.")
             if (outcome := self._judged(run)) is not None:
                 return outcome
             runs.append(run)
-        return Outcome("right", self._proof(runs), run=runs[0])
+        return Outcome("right", self._proof([(run, run.result) for run in runs]), run=runs[0])
 
     def _run(self, answer: Any, title: str, **trial: Any) -> Recording:
         return observe(
             self._load,
             answer,
-            database_url(),
+            Conditions(database_url(), self.load_seconds),
             title=title,
-            fuse=FUSE,
-            memory_limit=self._memory_limit,
+            fuse=self.load_seconds + _FUSE_SECONDS,
+            memory_limit=self._memory.container if self._memory is not None else None,
             curves=self._curves,
             live=False,
             **trial,
@@ -181,95 +179,32 @@ class Task:
         """What is wrong with a run; None where nothing is."""
         if run.ended == "died":
             return Outcome("raised", "the process in which your code ran has died.")
-        finding = None if run.ended == "fuse" else self._judge(run)
-        failed = [one for one in run.requests if one.outcome != "ok"]
-        if finding is None and failed:
+        if run.ended == "memory limit" and self._memory is not None:
+            return _wrong(self._memory.exceeded(run))
+        has_noted = run.ended != "fuse"
+        if has_noted and (outcome := _wrong(_first(self._rules, run))) is not None:
+            return outcome
+        failed = [request for request in run.requests if request.outcome != "ok"]
+        if failed:
             return Outcome(
                 "raised", f"{len(failed)} of {run.announced} calls\n{_own(failed[0].error)}"
             )
-        if run.ended == "fuse" or (finding is None and not run.result["ended"]):
-            seconds = run.fuse if run.ended == "fuse" else LOAD_SECONDS
-            finding = Finding("never-ends", f"It had not ended after {seconds:g} s.")
-        if finding is None and len(run.requests) < run.announced:
+        if not has_noted or not run.result.ended:
+            seconds = self.load_seconds if has_noted else run.fuse
+            return _wrong(Finding("never-ends", f"It had not ended after {seconds:g} s."))
+        if len(run.requests) < run.announced:
             lost = run.announced - len(run.requests)
             return Outcome("raised", f"{lost} of {run.announced} calls were cancelled.")
-        if finding is None:
-            return None
-        about = misconceptions()[finding.misconception]
-        text = f'{about.idea}\n{finding.evidence}\n{about.says}\nRead again: lesson {about.lesson}, "{about.section}".'
-        return Outcome("wrong", text, finding.misconception)
-
-    def _unfit(self, answer: Any) -> str:
-        """Why `answer` cannot be what was asked for; empty where it can."""
-        given = exercises.given_functions(self.exercise)[self.function]
-        wanted = f"{self.function}({ast.unparse(given.args)})"
-        if error := syntax_error_of(self.function):
-            return (
-                f"the last version of {self.function} has a syntax error ({error}), "
-                "so Python still knows the one before it. Mend it, run its cell, and check again."
-            )
-        if inspect.iscoroutine(answer):
-            answer.close()
-            return f"you called {self.function}; the check wants the function itself, without ()."
-        if not isinstance(answer, FunctionType):
-            return (
-                f"{self.function} is no function but {type(answer).__name__}; wanted is {wanted}."
-            )
-        if isinstance(given, ast.AsyncFunctionDef) and not inspect.iscoroutinefunction(answer):
-            return f"{self.function} is no coroutine function; begin it with `async def`, and do not `yield` in it."
-        if isinstance(given, ast.FunctionDef) and inspect.iscoroutinefunction(answer):
-            return f"{self.function} is asked for as an ordinary function; begin it with `def`."
-        try:
-            inspect.signature(answer).bind(*given.args.args)
-        except TypeError:
-            found = f"{self.function}{inspect.signature(answer)}"
-            return f"{found} takes other arguments than were asked for; wanted is {wanted}."
-        return ""
-
-    def _is_attempted(self, answer: FunctionType) -> bool:
-        """Whether the function, or a function of the notebook that it calls, differs from what was given."""
-        given = exercises.given_functions(self.exercise)
-        for function in _reachable(answer):
-            try:
-                (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-            except (OSError, SyntaxError, ValueError):
-                return True  # nobody knows how it is written, so it is judged
-            known = given.get(function.__name__)
-            if known is None or ast.dump(node) != ast.dump(known):
-                return True
-        return False
-
-    def _given(self, answer: FunctionType) -> Any:
-        """The function as it was given, among the learner's other names."""
-        namespace = dict(answer.__globals__)
-        for name, node in exercises.given_functions(self.exercise).items():
-            filename, source = f"<ipython-input-given-{name}>", ast.unparse(node)
-            linecache.cache[filename] = (
-                len(source),
-                None,
-                source.splitlines(keepends=True),
-                filename,
-            )
-            # As a cell is: without the annotations that this module puts off.
-            exec(compile(source, filename, "exec", dont_inherit=True), namespace)
-        return namespace[self.function]
+        return _wrong(_first(self._demands, run))
 
 
-def _reachable(function: FunctionType) -> Iterator[FunctionType]:
-    """A function, and those beside it that it names, directly or through others."""
-    unseen, seen = [function], {function}
-    while unseen:
-        one = unseen.pop()
-        yield one
-        for name in one.__code__.co_names:
-            called = one.__globals__.get(name)
-            if (
-                isinstance(called, FunctionType)
-                and called.__globals__ is function.__globals__
-                and called not in seen
-            ):
-                seen.add(called)
-                unseen.append(called)
+def _first(rules: Sequence[Rule[Noted]], run: Recording) -> Finding | None:
+    """The first wrong idea that rules tell of a run."""
+    return next((finding for rule in rules for finding in rule(run, run.result)), None)
+
+
+def _wrong(finding: Finding | None) -> Outcome | None:
+    return Outcome("wrong", str(finding), finding.misconception) if finding is not None else None
 
 
 def _told(error: BaseException) -> str:

@@ -1,0 +1,105 @@
+"""Exercise 01, task 1: an order that asks for a second connection while it holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from ormscope.lab import Recording, storm
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Work, evidence
+from workshop.checks.lent import Conditions, connections, forget_orders, own_households
+from workshop.checks.rules import USE_OF_POOLS
+from workshop.checks.task import Task, Trials
+from workshop.shop import Order, OrderLine, Product
+
+
+@dataclass(kw_only=True)
+class Orders(Work):
+    """The orders of a storm, as they are in the database: `households` have `placed` so many, `lines` have a line."""
+
+    households: int
+    placed: int
+    lines: int
+
+
+async def place_orders(
+    place_order: Callable[..., Any],
+    conditions: Conditions,
+    *,
+    orders: int,
+    capacity: int,
+    sku: int,
+) -> Orders:
+    """Place so many orders at once."""
+    engine, customers = conditions.engine(capacity), own_households()
+    async with evidence(conditions, engine) as noted:
+        sessions = async_sessionmaker(engine)
+        await storm(lambda number: place_order(sessions, customers[number], sku), orders)
+    await engine.dispose()
+    async with engine.connect() as connection:
+        price = await connection.scalar(select(Product.unit_price).where(Product.sku == sku))
+        ours = Order.household_id.between(customers[0], customers[-1])
+        placed = (await connection.scalars(select(Order.household_id).where(ours))).all()
+        columns = select(OrderLine.order_id, OrderLine.sku, OrderLine.unit_price)
+        lines = (await connection.execute(columns.join(Order).where(ours))).all()
+        await forget_orders(connection, customers)
+    return Orders(
+        **vars(noted),
+        households=len(set(placed)),
+        placed=len(placed),
+        lines=len({line.order_id for line in lines}),
+        done=sum((line.sku, line.unit_price) == (sku, price) for line in lines),
+    )
+
+
+def demands(run: Recording, seen: Orders) -> Iterator[Finding]:
+    """Each call places one order with one line, at the shop's price."""
+    if seen.households < run.announced:
+        yield Finding(
+            "success-without-work",
+            f"{run.completed} calls ended without an error, and {seen.placed} orders are in the database.",
+        )
+    if seen.placed > run.announced:
+        yield Finding("twice", f"{run.announced} calls made {seen.placed} orders.")
+    if seen.lines < seen.placed:
+        yield Finding("half-an-order", f"Of {seen.placed} orders, {seen.lines} have a line.")
+    if seen.done < seen.placed:
+        yield Finding(
+            "guesses-the-price",
+            f"{seen.placed - seen.done} of {seen.placed} lines have another product or price than the shop.",
+        )
+
+
+def prove(trials: Trials[Orders]) -> str:
+    """What the runs of a right answer have shown."""
+    return "\n".join(
+        f"{run.completed} of {run.announced} orders placed with {connections(run)}, 0 deadlocks, 0 timeouts."
+        for run, _ in trials
+    )
+
+
+reuse_the_session = Task(
+    "01",
+    "reuse_the_session",
+    "place_order",
+    load=place_orders,
+    trials=(
+        {"orders": 60, "capacity": 10, "sku": 1082185},
+        {"orders": 20, "capacity": 1, "sku": 1029743},
+    ),
+    rules=USE_OF_POOLS,
+    demands=(demands,),
+    proof=prove,
+    hints=(
+        "Count the connections that one order has at the line where price_of runs. Which of them could it do without?",
+        "price_of opens a session because it is handed the factory. What else could it be handed? "
+        "Or could it run before the order's session has taken a connection?",
+        "A session takes its connection with its first statement. Hand price_of the session that place_order has, "
+        "or ask for the price before the flush and outside of the session's block.",
+    ),
+)

@@ -1,0 +1,204 @@
+"""What can be wrong with a try, whatever its task: the rules that the checks share, in the order of asking.
+
+A rule looks at one run and at what was noted in it, and yields the wrong ideas that show there. Only the first counts,
+so the most telling comes first: a pool that was changed explains all that is seen after it. A task asks for a tuple of
+these rules, or for single ones of them, and puts its own where they belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from ormscope import Verdict
+from ormscope.lab import Recording
+from ormscope.lab.run import PoolCurve
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Evidence, Work
+
+Noted = TypeVar("Noted", bound=Evidence)
+Rule = Callable[[Recording, Noted], Iterator[Finding]]
+
+_TIMEOUT = "sqlalchemy.exc.TimeoutError"
+_SHARING = ("concurrent operations are not permitted", "another operation is in progress")
+_ENDED_CURSOR = "cursor cannot be created outside of a transaction"
+_READ_TOO_LATE = ("MissingGreenlet", "DetachedInstanceError")
+_MANY_ENGINES = 3
+
+
+# Engines and pools
+
+
+def changes_the_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """A pool that was lent was exchanged, or given other settings."""
+    if seen.tampered:
+        yield Finding("changes-the-pool", "A pool came back with other settings than it had.")
+
+
+def engine_per_call(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Engines without end, or one without a limit."""
+    own = own_pools(run, seen)
+    if len(own) > _MANY_ENGINES or any(pool.capacity is None for pool in own):
+        yield Finding("engine-per-call", "Your code made engines of its own, again and again.")
+
+
+def bigger_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """A pool of its own for all the work is only a larger one; for the inner work it is a remedy."""
+    own, lent = own_pools(run, seen), run.pools[0]
+    if own and lent.most_checked_out <= 1 < (lent.capacity or 0):
+        total = sum(pool.capacity or 0 for pool in own)
+        yield Finding(
+            "bigger-pool",
+            f"Your code made an engine of its own, with {total} connections, and did all its work there.",
+        )
+
+
+def another_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """For tasks that need no engine beside those that are lent."""
+    if own_pools(run, seen):
+        yield Finding("another-pool", "Your code made an engine of its own.")
+
+
+def own_pools(run: Recording, seen: Evidence) -> list[PoolCurve]:
+    """Those that the learner's code made for itself."""
+    return run.pools[seen.lent :]
+
+
+# How the connections are used
+
+
+def one_session_many_tasks(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Tasks that use one connection at the same time."""
+    if seen.sharers or any(text in request.error for request in run.requests for text in _SHARING):
+        yield Finding(
+            "one-session-many-tasks", "Several tasks wanted to use one connection at the same time."
+        )
+
+
+def sleeps(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Calls that wait by the clock, so that they do not meet."""
+    if seen.sleepers > run.announced // 10:
+        yield Finding("sleeps", f"Most calls slept in {seen.sleeps_at}.")
+
+
+def one_at_a_time(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """A lock before work that could go on side by side."""
+    pool = run.pools[0]
+    few = pool.most_checked_out <= (pool.capacity or 0) // 4
+    if seen.ended and seen.queuers > run.announced // 2 and few:
+        yield Finding(
+            "one-at-a-time",
+            f"Nearly all calls stood before {seen.queues_at}, while at most"
+            f" {pool.most_checked_out} of {pool.capacity} connections were in use.",
+        )
+
+
+def lock_without_an_end(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Where a load stands before a lock, it may not come to its end at all, although it moves."""
+    if run.completed and seen.queuers > run.announced // 2 and not seen.ended:
+        yield Finding("one-at-a-time", f"Nearly all calls stood before {seen.queues_at}.")
+
+
+def swallows_the_timeout(run: Recording, seen: Work) -> Iterator[Finding]:
+    """The pool refused a connection, and a call that did not do its work ended as if it had."""
+    if _hides_timeouts(run) and seen.done < run.completed:
+        yield Finding(
+            "swallows-the-timeout",
+            "The pool raised TimeoutError, no call reported one, and what those calls were asked for is missing.",
+        )
+
+
+def retries(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """The pool refused a connection, and the call asked again until it had one."""
+    if _hides_timeouts(run):
+        yield Finding("retries", "The pool raised TimeoutError, and your code tried again.")
+
+
+def _hides_timeouts(run: Recording) -> bool:
+    return bool(run.pools[0].timeouts) and not run.outcomes[_TIMEOUT]
+
+
+def deadlock(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Calls that hold a connection while they wait for another."""
+    if not run.deadlocks:
+        return
+    verdict = run.deadlocks[0]
+    evidence = _who_holds_and_waits(verdict)
+    if seen.queuers:
+        yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
+    if any(holder.waits and holder.waits.owner != holder.owner for holder in verdict.holding):
+        yield Finding("children-count-too", evidence)
+    yield Finding("holds-and-waits", evidence)
+
+
+def _who_holds_and_waits(verdict: Verdict) -> str:
+    stuck = [holder for holder in verdict.holding if holder.waits is not None]
+    holder, waiter = stuck[0], stuck[0].waits
+    assert waiter is not None
+    return (
+        f"{waiter.places[0].short}, asked for a connection while {holder.places[0].short}, held one:"
+        f" {len(stuck)} of {verdict.capacity} connections were held by calls that waited for another."
+    )
+
+
+# What is left when all calls have ended
+
+
+def fire_and_forget(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Tasks that nobody waits for."""
+    if seen.left_running:
+        yield Finding(
+            "fire-and-forget",
+            "Tasks that your code had started were still at work when all calls had ended.",
+        )
+
+
+def leaves_it_checked_out(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Connections that nobody gives back."""
+    if seen.left_checked_out:
+        yield Finding(
+            "leaves-it-checked-out", "Connections were still checked out when all calls had ended."
+        )
+
+
+# What a call raised
+
+
+def cursor_without_transaction(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """A stream that is read on after its transaction has ended."""
+    if any(_ENDED_CURSOR in request.error for request in run.requests):
+        yield Finding(
+            "stream-without-its-transaction",
+            "The next batch raised NoActiveSQLTransactionError: its cursor had ended with its transaction.",
+        )
+
+
+def expired_objects(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """An attribute that is read when its session can no longer load it."""
+    raised = {request.outcome.rpartition(".")[2] for request in run.requests}
+    name = next((name for name in _READ_TOO_LATE if name in raised), None)
+    if name is not None:
+        yield Finding("expired-objects", f"Reading an attribute of an order raised {name}.")
+
+
+def sync_engine_in_async_code(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """The synchronous engine within an asynchronous one, used where nobody awaits for its driver."""
+    if any("MissingGreenlet" in request.outcome for request in run.requests):
+        yield Finding(
+            "sync-face-of-an-async-engine",
+            "The call raised MissingGreenlet: its driver wanted to await, and there was nobody to do it.",
+        )
+
+
+ENGINES: tuple[Rule[Evidence], ...] = (changes_the_pool, engine_per_call, bigger_pool)
+LEFT_OVER: tuple[Rule[Evidence], ...] = (fire_and_forget, leaves_it_checked_out)
+USE_OF_POOLS: tuple[Rule[Work], ...] = (
+    *ENGINES,
+    one_session_many_tasks,
+    sleeps,
+    one_at_a_time,
+    swallows_the_timeout,
+    retries,
+    deadlock,
+    *LEFT_OVER,
+)

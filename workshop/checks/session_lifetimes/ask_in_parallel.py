@@ -1,0 +1,192 @@
+"""Exercise 06, task 3: a report of many queries, which ask at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from ormscope.lab import Recording, storm
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Work, evidence
+from workshop.checks.lent import Conditions, connections
+from workshop.checks.rules import USE_OF_POOLS, another_pool, lock_without_an_end
+from workshop.checks.session_lifetimes.calls import Holds, current_call
+from workshop.checks.task import Task, Trials
+from workshop.shop import Sale
+
+_AT_ONCE = 3
+_SESSION_SHARED = "https://sqlalche.me/e/21/isce"
+_NO_PRODUCT = 2**40  # more than the column's type can hold: the query fails
+
+
+@dataclass(kw_only=True)
+class Reports(Work):
+    """Of so many calls `asked`, how many were `right`; of so many `failing`, how many `told` so.
+
+    `most` is the most connections that one call had at once, `shared` says whether a connection was used by two
+    tasks at the same time, and `late` whether a call had one after its end. `errors` are exceptions that were
+    returned, as text.
+    """
+
+    right: int
+    asked: int
+    failing: int
+    told: int
+    most: int
+    shared: bool
+    late: bool
+    errors: list[str]
+
+
+async def show_reports(
+    report: Callable[..., Any],
+    conditions: Conditions,
+    *,
+    calls: int,
+    capacity: int,
+    products: int,
+) -> Reports:
+    """Show so many reports at once, some of which must fail."""
+    engine = conditions.engine(capacity)
+    sold = select(Sale.sku, func.sum(Sale.quantity)).group_by(Sale.sku).order_by(Sale.sku)
+    async with engine.connect() as connection:
+        some = {sku: int(count) for sku, count in await connection.execute(sold.limit(400))}
+    await engine.dispose()
+    numbers, holds, shown, told = list(some), Holds(engine), dict[int, Any](), set[int]()
+    failing = {*range(3, calls, 5)}
+
+    async def show(number: int) -> None:
+        current_call.set(number)
+        asked = _asked(numbers, number, products)
+        if number in failing:
+            asked.insert(2, _NO_PRODUCT)
+        try:
+            shown[number] = await report(sessions, asked)
+        except Exception as error:  # whatever it makes of a query that failed, it says so
+            if (timeout := _timeout_in(error)) is not None:
+                raise timeout from None
+            if number not in failing:
+                raise
+            told.add(number)
+        finally:
+            holds.end(number)
+
+    async with evidence(conditions, engine) as noted:
+        sessions = async_sessionmaker(engine)
+        await storm(show, calls)
+    await engine.dispose()
+    right = sum(
+        shown.get(number) == {sku: some[sku] for sku in _asked(numbers, number, products)}
+        for number in range(calls)
+        if number not in failing
+    )
+    return Reports(
+        **vars(noted),
+        done=right + len(told),
+        right=right,
+        asked=calls - len(failing),
+        failing=len(failing),
+        told=len(told),
+        most=holds.most,
+        shared=holds.shared,
+        late=holds.late,
+        errors=[text for returned in shown.values() for text in _errors_in(returned)],
+    )
+
+
+def _asked(numbers: Sequence[int], number: int, products: int) -> list[int]:
+    return [numbers[(number * 7 + index * 3) % len(numbers)] for index in range(products)]
+
+
+def _timeout_in(error: BaseException) -> BaseException | None:
+    """The pool's timeout that an exception is, or has in it."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_timeout_in, error.exceptions)), None)
+    return error if isinstance(error, PoolTimeoutError) else None
+
+
+def _errors_in(report: Any) -> list[str]:
+    values = report.values() if isinstance(report, dict) else ()
+    return [str(value) for value in values if isinstance(value, BaseException)]
+
+
+def wrong_way_of_asking(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Queries that share a session, outlive their call, or hand on their exceptions as if they were numbers."""
+    errors = [*seen.errors, *(request.error for request in run.requests)]
+    if seen.shared or any(_SESSION_SHARED in error for error in errors):
+        yield Finding(
+            "one-session-many-tasks", "Several tasks wanted to use one connection at the same time."
+        )
+    if seen.late or (seen.left_running and seen.told):
+        yield Finding(
+            "gather-leaves-the-others",
+            "A query failed, the call raised, and other queries of the same call were still at work.",
+        )
+    if seen.errors:
+        yield Finding(
+            "errors-among-results", "Among the numbers that calls returned there were exceptions."
+        )
+
+
+def takes_the_whole_pool(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """More connections than one call may have."""
+    if seen.most > _AT_ONCE:
+        yield Finding(
+            "takes-the-whole-pool", f"One call had more than {_AT_ONCE} connections at once."
+        )
+
+
+def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """A call with a query that failed raises, and each other returns its sums."""
+    if seen.told < seen.failing:
+        yield Finding(
+            "errors-among-results",
+            f"{seen.failing} calls had a query that failed, and {seen.told} of them raised.",
+        )
+    if seen.right < seen.asked:
+        yield Finding(
+            "success-without-work",
+            f"{run.completed} calls ended without an error; of {seen.asked} that could succeed,"
+            f" {seen.right} returned what was asked for.",
+        )
+
+
+def prove(trials: Trials[Reports]) -> str:
+    """What the runs of a right answer have shown."""
+    return "\n".join(
+        f"{seen.right} of {seen.asked} reports right with {connections(run)}, at most {_AT_ONCE} for one call;"
+        f" {seen.failing} failed as they should, and left nothing behind."
+        for run, seen in trials
+    )
+
+
+ask_in_parallel = Task(
+    "06",
+    "ask_in_parallel",
+    "report",
+    load=show_reports,
+    trials=(
+        {"calls": 20, "capacity": 6, "products": 8},
+        {"calls": 10, "capacity": 1, "products": 6},
+    ),
+    rules=(
+        wrong_way_of_asking,
+        lock_without_an_end,
+        *USE_OF_POOLS,
+        another_pool,
+        takes_the_whole_pool,
+    ),
+    demands=(demands,),
+    proof=prove,
+    hints=(
+        "How many tasks use the session at the same moment, and for how many is a session made?",
+        "Before you give each task a session: who counts the connections of one call then, and what do the other tasks "
+        "do when one fails? Do they have to be tasks at all?",
+        "One statement: select(Sale.sku, func.sum(Sale.quantity)).where(Sale.sku.in_(skus)).group_by(Sale.sku).",
+    ),
+)

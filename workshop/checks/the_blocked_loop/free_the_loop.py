@@ -1,0 +1,230 @@
+"""Exercise 05, task 1: a report that waits for a synchronous driver within the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any, cast
+
+import psycopg  # noqa: F401 (its import takes a moment, and would count as a stall of the learner's)
+from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import QueuePool
+
+from ormscope.lab import Recording, storm
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.lent import Conditions
+from workshop.checks.rules import (
+    changes_the_pool,
+    engine_per_call,
+    leaves_it_checked_out,
+    one_session_many_tasks,
+    own_pools,
+    sync_engine_in_async_code,
+)
+from workshop.checks.task import Task, Trials
+from workshop.checks.the_blocked_loop.pulse import pulse
+from workshop.shop import Sale
+
+_REPORT_SECONDS = 0.1  # that the report takes in PostgreSQL; the exercise says so
+_AGAIN = 4
+_STOOD_STILL = 0.6  # seconds in all; a dozen reports in the loop's thread take twice as long
+_LOOP_THREADS = 8
+_MOST_THREADS = 16
+_OLD_TIMEOUT = 1.0
+
+
+@dataclass(kw_only=True)
+class Reports(Evidence):
+    """How many reports were `right`, and what the loop's pulse showed meanwhile: see `Pulse`.
+
+    `still_working` is how many connections were busy for nobody when all calls had ended.
+    """
+
+    right: int
+    stood_still: float
+    stands_at: str
+    waits: Counter[str]
+    threads: int
+    still_working: int
+
+    @property
+    def stall(self) -> str:
+        """That the loop stood still, and where, in words."""
+        return f"While your calls ran, the loop stood still again and again, in {self.stands_at}"
+
+
+async def ask_for_reports(
+    report: Callable[..., Any], conditions: Conditions, *, calls: int, capacity: int
+) -> Reports:
+    """Ask for so many reports at once, and for a few of them again."""
+    asyncio.get_running_loop().set_default_executor(futures.ThreadPoolExecutor(_LOOP_THREADS))
+    shop = conditions.engine(capacity)
+    old = create_engine(
+        make_url(conditions.url).set(drivername="postgresql+psycopg"),
+        pool_size=capacity,
+        max_overflow=0,
+        pool_timeout=_OLD_TIMEOUT,
+        pool_logging_name="old service",
+    )
+    async with shop.connect() as connection:
+        columns = func.count().label("lines"), func.sum(Sale.sales_value)
+        sold = select(Sale.sku, *columns).group_by(Sale.sku).order_by(columns[0].desc(), Sale.sku)
+        wanted = {
+            row.sku: (row.lines, row.sum) for row in await connection.execute(sold.limit(calls))
+        }
+    await shop.dispose()
+    skus, told = list(wanted), list[tuple[int, Any]]()
+
+    async def ask(number: int) -> None:
+        told.append((skus[number], await report(old, shop, skus[number])))
+
+    # What is asked of an asynchronous pool is asked of a synchronous one as well.
+    async with evidence(conditions, shop, cast(AsyncEngine, old)) as noted:
+        with pulse() as measured:
+            await storm(ask, calls)
+            if measured.stood_still < _STOOD_STILL:
+                await storm(ask, _AGAIN)
+    still_working = _checked_out(old)
+    await shop.dispose()
+    return Reports(
+        **vars(noted),
+        right=sum(_figures(row) == wanted[sku] for sku, row in told),
+        stood_still=measured.stood_still,
+        stands_at=measured.stands_at,
+        waits=measured.waits,
+        threads=measured.threads,
+        still_working=still_working,
+    )
+
+
+def _checked_out(engine: Engine) -> int:
+    return cast(QueuePool, engine.pool).checkedout()
+
+
+def _figures(row: Any) -> tuple[Any, ...] | None:
+    """What a report says, as a row, a tuple or a list; None where it is no such thing."""
+    try:
+        return tuple(row)[:2]
+    except TypeError:
+        return None
+
+
+def blocks_the_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """The loop stood still; the idea is in what it stood still for."""
+    if seen.stood_still <= _STOOD_STILL:
+        return
+    if any("is not callable" in request.error for request in run.requests):
+        yield Finding(
+            "calls-instead-of-passing",
+            f"{seen.stall}; and what it returned was then called, which raised TypeError.",
+        )
+    if seen.waits["pool"]:
+        yield Finding(
+            "pool-wait-without-await",
+            f"{seen.stall}: it waited for a connection of the synchronous pool, and those who had one could not go on.",
+        )
+    if seen.waits["thread"]:
+        yield Finding("waits-for-the-thread", f"{seen.stall}, where it waited for a thread.")
+    # A stack that is left while it is read looks cut off, as a greenlet's does; few of many looks do.
+    if seen.waits["in a greenlet"] > seen.waits["call"]:
+        yield Finding("run-sync-is-no-thread", f"{seen.stall}, in a call that SQLAlchemy made.")
+    if own_pools(run, seen) or seen.tampered:
+        yield Finding(
+            "more-connections-for-one-thread",
+            f"{seen.stall}, and there were more connections than you were given.",
+        )
+    half = run.announced // 2
+    if seen.queuers > half or seen.sleepers > half:
+        yield Finding(
+            "blocks-one-at-a-time",
+            f"{seen.stall}, while the others waited for their turn in {seen.queues_at or seen.sleeps_at}.",
+        )
+    yield Finding("async-def-is-enough", f"{seen.stall}.")
+
+
+def thread_for_each_call(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Threads without a limit."""
+    if seen.threads > _MOST_THREADS:
+        yield Finding(
+            "thread-for-each-call",
+            f"For {run.announced - _AGAIN} reports at once there were more than {_MOST_THREADS} threads.",
+        )
+
+
+def one_at_a_time_in_the_background(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """The loop is free, and the connections are, too."""
+    most = max(pool.most_checked_out for pool in run.pools)
+    if seen.right and most <= (run.pools[0].capacity or 0) // 4:
+        yield Finding(
+            "one-at-a-time-in-the-background",
+            f"The loop was free, and at most {most} of {run.pools[0].capacity} connections were in use.",
+        )
+
+
+def limit_ends_the_thread(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Work that goes on although nobody waits for it any more."""
+    if seen.still_working or seen.left_running:
+        yield Finding(
+            "limit-ends-the-thread",
+            "All calls had ended, and reports were still being made for nobody.",
+        )
+
+
+def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Each call returns the lines and the revenue, fresh from PostgreSQL."""
+    if seen.right < run.announced:
+        yield Finding(
+            "success-without-work",
+            f"{run.completed} calls ended without an error, and {seen.right} returned the lines and the revenue.",
+        )
+    if any(request.end - request.start < 0.9 * _REPORT_SECONDS for request in run.requests):
+        yield Finding(
+            "success-without-work",
+            "Some calls ended sooner than PostgreSQL can make the report: they did not ask for it.",
+        )
+
+
+def prove(trials: Trials[Reports]) -> str:
+    """What the runs of a right answer have shown."""
+    return "\n".join(
+        f"{seen.right} of {run.announced} reports right, with {run.pools[0].capacity} connections,"
+        " and the loop did not stand still in your code."
+        for run, seen in trials
+    )
+
+
+free_the_loop = Task(
+    "05",
+    "free_the_loop",
+    "report",
+    load=ask_for_reports,
+    trials=({"calls": 12, "capacity": 8}, {"calls": 40, "capacity": 10}),
+    rules=(
+        sync_engine_in_async_code,
+        # Before the loop's pulse: to make an engine takes a moment, on a busy machine a long one.
+        engine_per_call,
+        blocks_the_loop,
+        thread_for_each_call,
+        changes_the_pool,
+        one_session_many_tasks,
+        one_at_a_time_in_the_background,
+        limit_ends_the_thread,
+        leaves_it_checked_out,
+    ),
+    demands=(demands,),
+    proof=prove,
+    curves=("requests", "loop lag"),
+    hints=(
+        "Where in report could another task run? Count its awaits.",
+        "Two ways lead out: an engine whose driver awaits, or another thread for the call that does not. "
+        "You are lent what both of them need.",
+        "Either `async with shop.connect() as connection` and await what it executes, or "
+        "`await asyncio.to_thread(report_of, old, sku)`: the function and its arguments, not its result.",
+    ),
+)

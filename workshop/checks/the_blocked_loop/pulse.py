@@ -1,0 +1,123 @@
+"""The pulse of an event loop: for how long it stands still, and what its thread does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from types import CodeType, FrameType
+
+from sqlalchemy.util.queue import Queue as PoolQueue
+
+from ormscope.places import is_user_code, place
+from ormscope.stacks import thread_frames
+
+_BEAT_SECONDS = 0.005
+_LOOK_SECONDS = 0.01
+_LATE_SECONDS = 0.07  # that the loop must be late before anybody asks why; a report takes longer
+_CHECKS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+_LOOP_STEP = asyncio.Handle._run.__code__
+_POOL_WAIT = PoolQueue.get.__code__
+_THREAD_WAITS: set[CodeType] = {
+    function.__code__
+    for function in (
+        futures.Future.result,
+        futures.Future.exception,
+        futures.wait,
+        threading.Thread.join,
+        queue.Queue.get,
+    )
+}
+
+
+class Pulse:
+    """The pulse of the running event loop, and what its thread does in the learner's code while there is none.
+
+    `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it was
+    seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the task's own.
+    `longest_work` is the longest time that the loop's thread worked from one beat to the next, in seconds of its
+    own: while the machine is busy with others, it does not work. `threads` is the most threads at once, beyond
+    those at the beginning.
+    """
+
+    def __init__(self) -> None:
+        self.stood_still = 0.0
+        self.waits = Counter[str]()
+        self._places = Counter[str]()
+        self.longest_work = 0.0
+        self.threads = 0
+        self._closed = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._beaten, self._worked = time.perf_counter(), time.thread_time()
+        self._seen_at: float | None = None  # the beat after which the learner's code was seen
+        self._handle = self._loop.call_soon(self._beat)
+        self._threads_before = threading.active_count() + 1  # with the one that looks
+        self._looker = threading.Thread(target=self._look, name="the check", daemon=True)
+        self._looker.start()
+
+    @property
+    def stands_at(self) -> str:
+        """Where in the learner's code the loop stood still most of the time; empty where it never did."""
+        return max(self._places, key=self._places.__getitem__, default="")
+
+    def close(self) -> None:
+        """Stop, and count what is going on."""
+        self._count()
+        self._handle.cancel()
+        self._closed.set()
+        self._looker.join()
+
+    def _beat(self) -> None:
+        self._count()
+        self._handle = self._loop.call_later(_BEAT_SECONDS, self._beat)
+
+    def _count(self) -> None:
+        now, worked = time.perf_counter(), time.thread_time()
+        if self._seen_at == self._beaten:
+            self.stood_still += now - self._beaten
+        self.longest_work = max(self.longest_work, worked - self._worked)
+        self._beaten, self._worked = now, worked
+
+    def _look(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            self.threads = max(self.threads, threading.active_count() - self._threads_before)
+            beaten = self._beaten
+            if time.perf_counter() - beaten < _LATE_SECONDS:
+                continue
+            frames = thread_frames(self._loop_thread)
+            own = [frame for frame in frames if _is_learners(frame)]
+            if not own:
+                continue
+            self._seen_at = beaten
+            code = {frame.f_code for frame in frames}
+            if _POOL_WAIT in code:
+                self.waits["pool"] += 1
+            elif code & _THREAD_WAITS:
+                self.waits["thread"] += 1
+            elif _LOOP_STEP not in code:  # a stack of its own, that begins below the loop
+                self.waits["in a greenlet"] += 1
+            else:
+                self.waits["call"] += 1
+            self._places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
+
+
+def _is_learners(frame: FrameType) -> bool:
+    filename = frame.f_code.co_filename
+    return is_user_code(filename) and not filename.startswith(_CHECKS)
+
+
+@contextmanager
+def pulse() -> Iterator[Pulse]:
+    """Measure the pulse of the running event loop from here to the end of the block."""
+    measured = Pulse()
+    try:
+        yield measured
+    finally:
+        measured.close()

@@ -1,0 +1,289 @@
+"""Exercise 07, task 1: three numbers of a pool that are true at each scrape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from ormscope.lab import Recording
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.lent import Conditions
+from workshop.checks.rules import changes_the_pool
+from workshop.checks.task import Task, Trials
+from workshop.checks.watching_the_pool.moments import deadlocked, take_a_connection, until
+from workshop.checks.watching_the_pool.scrapes import NUMBERS, TOLERANCE, GaveUpError, Look, Scraped
+
+if TYPE_CHECKING:
+    from ormscope.lab.picture import Picture
+
+_APART_SECONDS = 0.15  # between the first and the others in line
+_NO_AGE = 60.0  # seconds; nobody here waits for so long, or since before the beginning
+_ENGINES = 2  # of the shop, and of the nightly job
+
+
+@dataclass(kw_only=True)
+class Day(Evidence):
+    """The scrapes of a day, and of the night after it."""
+
+    looks: list[Look]
+
+    def wrong(self, number: str) -> list[Look]:
+        """The scrapes in which a number was not the true one."""
+        return [look for look in self.looks if look.is_wrong(number)]
+
+
+async def scrape_a_day(
+    metrics: Callable[..., Any],
+    conditions: Conditions,
+    *,
+    pool_size: int,
+    max_overflow: int,
+    queue: int,
+) -> Day:
+    """Scrape a pool in all that happens to it in a day, and then one without a limit."""
+    engine = create_async_engine(
+        conditions.url,
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=None,
+        pool_logging_name="shop",
+    )
+    shop = Scraped(metrics, engine)
+    nightly = Scraped(
+        metrics,
+        create_async_engine(conditions.url, poolclass=NullPool, pool_logging_name="nightly job"),
+    )
+    async with evidence(conditions, engine) as noted:
+        with contextlib.suppress(GaveUpError):
+            await shop.begin()
+            await _day(shop, queue)
+    if noted.ended and not any(look.hung or look.on_the_loop for look in shop.looks):
+        with contextlib.suppress(GaveUpError):
+            await _evening(shop)
+            await nightly.begin()
+            await _night(nightly)
+    return Day(**vars(noted), looks=shop.looks + nightly.looks)
+
+
+async def _day(shop: Scraped, queue: int) -> None:
+    """Idle, full, in line, in line while the loop stands still, idle again, deadlocked."""
+    scope, capacity = shop.scope, shop.scope.capacity or 0
+    await shop.look("idle")
+    async with AsyncExitStack() as stack:
+        for _ in range(capacity):
+            await stack.enter_async_context(shop.engine.connect())
+        held = scope.holders[0].since
+        await asyncio.sleep(2 * TOLERANCE)
+        await shop.look("full", capacity, held=held)
+        since, tasks = [], []
+        for number in range(queue):
+            came = time.perf_counter()
+            tasks.append(asyncio.create_task(take_a_connection(shop.engine)))
+            await until(lambda: len(scope.waiters) == len(tasks))
+            since.append((came, time.perf_counter()))
+            if number == 0:
+                await asyncio.sleep(_APART_SECONDS)
+        try:
+            await shop.look("queue", capacity, since, held)
+            await shop.look("loop blocked", capacity, since, held, blocked=True)
+        finally:
+            await stack.aclose()
+            await asyncio.gather(*tasks)
+    await shop.look("served")
+    async with deadlocked(shop.engine, scope) as made:
+        since = [(made, time.perf_counter())] * capacity
+        await asyncio.sleep(_APART_SECONDS)
+        await shop.look("deadlock", capacity, since, made)
+
+
+async def _evening(shop: Scraped) -> None:
+    """A new password: the engine is disposed of while a connection is out, and gets another pool."""
+    async with shop.engine.connect():
+        await shop.engine.dispose()
+    async with shop.engine.connect(), shop.engine.connect():
+        await shop.look("dispose()", 2)
+    await shop.engine.dispose()
+
+
+async def _night(nightly: Scraped) -> None:
+    """A job whose engine has a NullPool."""
+    async with nightly.engine.connect(), nightly.engine.connect(), nightly.engine.connect():
+        await nightly.look("NullPool", 3)
+
+
+def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
+    """A scrape that takes part in what it watches."""
+    if len(run.pools) > _ENGINES:
+        yield Finding("needs-a-connection", "Your code made an engine of its own.")
+    took = next((look for look in seen.looks if look.took), None)
+    if took is not None or any("MissingGreenlet" in request.outcome for request in run.requests):
+        when = f" {took.when}" if took is not None else ""
+        yield Finding("needs-a-connection", f"The scrape{when} asked for a connection of the pool.")
+
+
+def asks_the_loop(run: Recording, seen: Day) -> Iterator[Finding]:
+    """A scrape that needs the event loop, and is there to tell that it stands still."""
+    wrong = [look for look in seen.looks if any(map(look.is_wrong, NUMBERS))]
+    if any(look.on_the_loop for look in seen.looks):
+        yield Finding(
+            "asks-the-loop",
+            "What your function returned is to be awaited, and a thread cannot do that.",
+        )
+    stood_still = [look for look in seen.looks if look.moment == "loop blocked"]
+    raised = [look for look in seen.looks if look.raised]
+    if any(look.hung for look in stood_still) or (raised and raised == stood_still):
+        yield Finding("asks-the-loop", "The scrape while the event loop stood still had no answer.")
+    if wrong and (wrong == stood_still or seen.left_running):
+        yield Finding(
+            "asks-the-loop",
+            "While the event loop stood still, the scrape told how it had been before.",
+        )
+
+
+def scrape_without_an_end(run: Recording, seen: Day) -> Iterator[Finding]:
+    """And so no later one could be made."""
+    hung = next((look for look in seen.looks if look.hung), None)
+    if hung is not None:
+        yield Finding("never-ends", f"The scrape {hung.when} had not ended after a second.")
+
+
+def wrong_numbers(run: Recording, seen: Day) -> Iterator[Finding]:
+    """Numbers that were not true, where each scrape told some, or only lacked a counter."""
+    no_counter = [
+        look for look in seen.looks if look.raised == "AttributeError" and look.moment == "NullPool"
+    ]
+    if run.announced - run.completed > len(no_counter):
+        return
+    told = [look.told for look in seen.looks if look.told is not None and look.moment != "NullPool"]
+    if len(told) > 1 and all(numbers == told[0] for numbers in told):
+        yield Finding("history-is-not-now", "Each scrape told the same as the first.")
+    yield from _wrong_waiting(seen.wrong("waiting"))
+    yield from _wrong_wait(seen.wrong("oldest_wait"))
+    yield from _wrong_checked_out(seen.wrong("checked_out"))
+    if no_counter:
+        yield Finding(
+            "every-pool-counts", "The scrape of an engine with a NullPool raised AttributeError."
+        )
+
+
+def _wrong_waiting(wrong: list[Look]) -> Iterator[Finding]:
+    if not wrong:
+        return
+    wrong_when = {look.moment for look in wrong}
+    if "full" not in wrong_when and "served" in wrong_when:
+        yield _past(wrong[0], "waiting")
+    yield Finding("connections-are-no-queue", f"The number waiting was wrong {wrong[0].when}.")
+
+
+def _wrong_wait(wrong: list[Look]) -> Iterator[Finding]:
+    if not wrong:
+        return
+    told = {look.moment: look.told["oldest_wait"] for look in wrong if look.told is not None}
+    if any(not -TOLERANCE <= seconds < _NO_AGE for seconds in told.values()):
+        yield Finding(
+            "another-clock", f"The oldest wait {wrong[0].when} was no age of anybody here."
+        )
+    first = wrong[0]
+    if not first.waiting and first.held and abs(told[first.moment] - first.held) < TOLERANCE:
+        yield Finding(
+            "hold-is-not-wait",
+            f"The oldest wait {wrong[0].when} was the age of a connection that is out.",
+        )
+    if all(look.youngest - TOLERANCE <= told[look.moment] < look.oldest[0] for look in wrong):
+        yield Finding(
+            "not-the-oldest",
+            f"The oldest wait {wrong[0].when} was shorter than the first in line had waited.",
+        )
+    yield _past(wrong[0], "oldest_wait")
+
+
+def _wrong_checked_out(wrong: list[Look]) -> Iterator[Finding]:
+    if not wrong:
+        return
+    first = wrong[0]
+    if first.moment == "dispose()":
+        yield Finding(
+            "keeps-the-first-pool",
+            f"Two connections were out after dispose(), and you told {_told(first)}.",
+        )
+    if first.moment == "NullPool":
+        yield Finding(
+            "every-pool-counts",
+            f"Three connections of an engine with a NullPool were out, and you told {_told(first)}.",
+        )
+    yield _past(first, "checked_out")
+
+
+def _told(look: Look) -> str:
+    assert look.told is not None
+    return f"{look.told['checked_out']:g}"
+
+
+def _past(look: Look, number: str) -> Finding:
+    return Finding("history-is-not-now", f"The number {number} was wrong {look.when}.")
+
+
+def prove(trials: Trials[Day]) -> str:
+    """What the runs of a right answer have shown."""
+    return "\n".join(
+        f"{len(seen.looks)} scrapes of a pool of {run.pools[0].capacity}, idle, full, blocked, deadlocked and"
+        " disposed of, and of one without a limit: each told what was true, and none took a connection."
+        for run, seen in trials
+    )
+
+
+def plot(before: Recording, after: Recording) -> Picture:
+    """What the scrapes of two functions told, on what was true."""
+    from workshop.pictures import Told, scrapes_told
+
+    def told(number: str, look: Look) -> Told:
+        found = look.told[number] if look.told is not None else None
+        return look.moment, look.true(number), found, found is None or look.is_wrong(number)
+
+    return scrapes_told(
+        {
+            run.title: {
+                number: [told(number, look) for look in run.result.looks] for number in NUMBERS
+            }
+            for run in (before, after)
+        }
+    )
+
+
+measure_the_queue = Task(
+    "07",
+    "measure_the_queue",
+    "metrics",
+    load=scrape_a_day,
+    trials=(
+        {"pool_size": 3, "max_overflow": 2, "queue": 7},
+        {"pool_size": 1, "max_overflow": 1, "queue": 4},
+    ),
+    rules=(
+        changes_the_pool,
+        takes_part,
+        asks_the_loop,
+        scrape_without_an_end,
+        wrong_numbers,
+    ),
+    demands=(),
+    proof=prove,
+    plot=plot,
+    hints=(
+        "SQLAlchemy counts connections, and nobody in line has one. What does the scope know of those who wait, and "
+        "since when do they?",
+        "Which of the three numbers are of this moment, and which are of something that has ended? And whose pool is "
+        "it that the engine had when metrics was called?",
+        "len(scope.waiters); time.perf_counter() - scope.waiters[0].since, or 0 where nobody waits; and "
+        "scope.checked_out, which asks the engine's present pool, of whatever class it is.",
+    ),
+)

@@ -1,0 +1,187 @@
+"""Scrapes of a pool's metrics, as Prometheus makes them, for exercise 07, task 1: what was told, and what was true."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ormscope import PoolScope
+from ormscope.lab import storm
+from workshop.checks.watching_the_pool.moments import MOMENTS, until
+
+NUMBERS = ("checked_out", "waiting", "oldest_wait")
+TOLERANCE = 0.05  # seconds
+_BLOCKED_SECONDS = 0.2
+_SCRAPE_SECONDS = 1.0  # that a scrape may take; a right one takes a thousandth
+
+
+class GaveUpError(Exception):
+    """The learner's function is none that could be asked again."""
+
+
+@dataclass
+class Look:
+    """One scrape: what the learner's function told, and what was true.
+
+    `out` and `waiting` are numbers, `oldest` the least and the most seconds that whoever waits longest has waited,
+    `youngest` and `held` the seconds that whoever came last has waited, and that a connection has been out. `took`
+    says whether the scrape asked the pool for a connection, `hung` whether it did not end, `on_the_loop` whether
+    what it returned is to be awaited, and `raised` is the class of what it raised.
+    """
+
+    moment: str
+    out: int
+    waiting: int
+    oldest: tuple[float, float]
+    youngest: float
+    held: float
+    told: dict[str, float] | None = None
+    took: bool = False
+    hung: bool = False
+    on_the_loop: bool = False
+    raised: str = ""
+
+    @property
+    def when(self) -> str:
+        """The moment, in the words that the learner reads."""
+        return MOMENTS[self.moment]
+
+    def true(self, number: str) -> float:
+        """What one of the three numbers was."""
+        truth = {"checked_out": self.out, "waiting": self.waiting, "oldest_wait": self.oldest[0]}
+        return truth[number]
+
+    def is_wrong(self, number: str) -> bool:
+        """Whether the learner's function told another number than was true."""
+        if self.told is None:
+            return False
+        found = self.told[number]
+        if number == "oldest_wait":
+            least, most = self.oldest
+            return not least - TOLERANCE <= found <= most + TOLERANCE
+        return found != self.true(number)
+
+
+class Scraped:
+    """An engine with the learner's metrics, scraped from a thread as `start_http_server` does."""
+
+    def __init__(self, metrics: Callable[..., Any], engine: AsyncEngine) -> None:
+        self.engine, self.scope = engine, PoolScope(engine)
+        self.looks: list[Look] = []
+        self._metrics = metrics
+        self._measure: Any = None
+
+    async def begin(self) -> None:
+        """Ask for the function that each scrape calls."""
+
+        async def ask(number: int) -> None:
+            found = self._metrics(self.engine, self.scope)
+            if not callable(found):
+                raise TypeError(
+                    f"metrics returned {_a(found)}; a function was asked for, that each scrape calls"
+                )
+            self._measure = found
+
+        await storm(ask, 1)
+        if self._measure is None:
+            raise GaveUpError
+
+    async def look(
+        self,
+        moment: str,
+        out: int = 0,
+        since: Sequence[tuple[float, float]] = (),
+        held: float | None = None,
+        blocked: bool = False,
+    ) -> None:
+        """One scrape, while `out` connections are out.
+
+        Those who wait came and were seen to wait at the times of `since`, and the first connection was taken at
+        `held`. `blocked` lets the event loop stand still meanwhile.
+        """
+
+        async def ask(number: int) -> None:
+            before = self._asked()
+            if blocked:
+                _stand_still(_BLOCKED_SECONDS)
+            start = time.perf_counter()
+            ended, thread = self._in_a_thread()
+            if blocked:
+                thread.join(_SCRAPE_SECONDS)
+            late = start + _SCRAPE_SECONDS
+            await until(lambda: not thread.is_alive() or time.perf_counter() > late)
+            end = time.perf_counter()
+            scraped = Look(
+                moment,
+                out,
+                len(since),
+                (start - since[0][1], end - since[0][0]) if since else (0.0, 0.0),
+                start - since[-1][1] if since else 0.0,
+                start - held if held is not None else 0.0,
+                took=self._asked() != before,
+                hung=not ended,
+            )
+            self.looks.append(scraped)
+            if ended:
+                told, error = ended[0]
+                if error is not None:
+                    scraped.raised = type(error).__name__
+                    raise error
+                if inspect.iscoroutine(told):
+                    told.close()
+                    scraped.on_the_loop = True
+                else:
+                    scraped.told = _checked(told)
+
+        await storm(ask, 1)
+        if self.looks[-1].hung or self.looks[-1].on_the_loop:
+            raise GaveUpError
+
+    def _asked(self) -> tuple[int, ...]:
+        """What changes when somebody asks the pool for a connection."""
+        scope = self.scope
+        return scope.checkouts, scope.opened, scope.waits.count, len(scope.waiters)
+
+    def _in_a_thread(self) -> tuple[list[tuple[Any, BaseException | None]], threading.Thread]:
+        """Let a scrape begin; what it returns or raises comes into the list."""
+        ended: list[tuple[Any, BaseException | None]] = []
+
+        def scrape() -> None:
+            try:
+                ended.append((self._measure(), None))
+            except BaseException as error:  # raised again where it is noted
+                ended.append((None, error))
+
+        # No executor: one would wait for a scrape that never ends.
+        thread = threading.Thread(target=scrape, name="scrape", daemon=True)
+        thread.start()
+        return ended, thread
+
+
+def _stand_still(seconds: float) -> None:
+    """Block the event loop, as a synchronous driver does."""
+    time.sleep(seconds)
+
+
+def _a(thing: object) -> str:
+    return f"an object of class {type(thing).__name__}"
+
+
+def _checked(told: Any) -> dict[str, float]:
+    """The numbers that were asked for; raises TypeError where one is missing."""
+    if not isinstance(told, dict):
+        raise TypeError(f"the scrape returned {_a(told)}; a dictionary was asked for")
+    for name in NUMBERS:
+        if not isinstance(told.get(name), int | float):
+            raise TypeError(
+                f"{name!r} is {_a(told[name])}; a number was asked for"
+                if name in told
+                else f"the scrape returned no {name!r}"
+            )
+    return {name: told[name] for name in NUMBERS}
