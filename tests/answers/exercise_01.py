@@ -231,47 +231,47 @@ def behind(sku):
 async def gather_outside(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku))).all()
-    prices = await asyncio.gather(*(price_of(Session, one) for one in skus))
+    prices = await asyncio.gather(*(price_of(Session, number) for number in skus))
     return dict(zip(skus, prices, strict=True))
 
 
 async def one_statement(Session, sku):
     both = select(Product.sku, Product.unit_price).where(Product.sku.in_(behind(sku)))
     async with Session() as session:
-        return {one.sku: one.unit_price for one in await session.execute(both)}
+        return {row.sku: row.unit_price for row in await session.execute(both)}
 
 
 async def one_after_another(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku))).all()
-        return {one: await price_with(session, one) for one in skus}
+        return {number: await price_with(session, number) for number in skus}
 
 
 async def task_group_inside(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku))).all()
         async with asyncio.TaskGroup() as group:
-            prices = {one: group.create_task(price_of(Session, one)) for one in skus}
-    return {one: price.result() for one, price in prices.items()}
+            prices = {number: group.create_task(price_of(Session, number)) for number in skus}
+    return {number: price.result() for number, price in prices.items()}
 
 
 async def one_by_one_inside(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku))).all()
-        return {one: await price_of(Session, one) for one in skus}
+        return {number: await price_of(Session, number) for number in skus}
 
 
 async def gather_on_one_session(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku))).all()
-        prices = await asyncio.gather(*(price_with(session, one) for one in skus))
+        prices = await asyncio.gather(*(price_with(session, number) for number in skus))
     return dict(zip(skus, prices, strict=True))
 
 
 async def only_three(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku).limit(3))).all()
-        return {one: await price_with(session, one) for one in skus}
+        return {number: await price_with(session, number) for number in skus}
 
 
 ANSWERS = {

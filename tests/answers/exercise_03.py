@@ -172,8 +172,8 @@ async def bare_numbers(Session, since):
     async with Session() as session:
         lines = await session.stream(in_batches(two_columns(since)))
         async for page in lines.partitions():
-            stores += [one.store_id for one in page]
-            values += [one.sales_value for one in page]
+            stores += [sale.store_id for sale in page]
+            values += [sale.sales_value for sale in page]
     sums = dict.fromkeys(stores, Decimal(0))
     for store, value in zip(stores, values, strict=True):
         sums[store] += value

@@ -162,7 +162,9 @@ async def flush_then_expunge(Session, kind):
 async def numbers_and_values(Session, kind):
     async with Session.begin() as session:
         numbers = (await session.scalars(queued_of(kind).with_only_columns(ExportJob.id))).all()
-        values = [{"id": one, "status": "done", "rows_done": lines_of(one)} for one in numbers]
+        values = [
+            {"id": number, "status": "done", "rows_done": lines_of(number)} for number in numbers
+        ]
         await session.execute(update(ExportJob), values)
 
 
@@ -334,7 +336,7 @@ async def with_yield_per(Session, first, last, deliver):
     async with Session() as session:
         wanted = orders_of(first, last).execution_options(yield_per=250)
         async for batch in (await session.stream_scalars(wanted)).partitions():
-            await deliver([one.id for one in batch])
+            await deliver([order.id for order in batch])
 
 
 async def everything_first(Session, first, last, deliver):

@@ -171,8 +171,8 @@ def in_batches_of(number, first, last):
 
 
 def add(sums, sales):
-    for one in sales:
-        sums[one.store_id] = sums.get(one.store_id, 0) + one.sales_value
+    for sale in sales:
+        sums[sale.store_id] = sums.get(sale.store_id, 0) + sale.sales_value
 
 
 async def by_the_database(Session, first, last):

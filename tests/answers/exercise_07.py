@@ -36,7 +36,7 @@ def from_the_pool_of_now(engine, scope):
         pool = engine.pool
         out = pool.checkedout() if isinstance(pool, QueuePool) else len(scope.holders)
         now = time.perf_counter()
-        ages = [now - one.since for one in scope.waiters]
+        ages = [now - waiter.since for waiter in scope.waiters]
         return numbers(out, len(ages), max(ages, default=0.0))
 
     return measure
@@ -49,7 +49,7 @@ def from_events_and_a_verdict(engine, scope):
 
     def measure():
         waiting = scope.verdict().waiting
-        return numbers(len(out), len(waiting), max((one.age for one in waiting), default=0))
+        return numbers(len(out), len(waiting), max((waiter.age for waiter in waiting), default=0))
 
     return measure
 
@@ -96,7 +96,7 @@ def age_of_the_holder(engine, scope):
 def mean_of_those_who_wait(engine, scope):
     def measure():
         now = time.perf_counter()
-        ages = [now - one.since for one in scope.waiters]
+        ages = [now - waiter.since for waiter in scope.waiters]
         return numbers(scope.checked_out, len(ages), fmean(ages) if ages else 0)
 
     return measure
@@ -146,7 +146,7 @@ def is_deadlocked(scrape):
 
 
 def all_wait(scrapes, bearable):
-    return min(one["oldest_wait_seconds"] for one in scrapes) > bearable
+    return min(scrape["oldest_wait_seconds"] for scrape in scrapes) > bearable
 
 
 def two_rules(scrapes, bearable):
@@ -155,7 +155,7 @@ def two_rules(scrapes, bearable):
 
 
 def as_increase_does(scrapes, bearable):
-    counts = [one["deadlocks_total"] for one in scrapes]
+    counts = [scrape["deadlocks_total"] for scrape in scrapes]
     rise = sum(after - before if after >= before else after for before, after in pairwise(counts))
     if rise or any(map(is_deadlocked, scrapes)):
         return "deadlock"
@@ -164,11 +164,11 @@ def as_increase_does(scrapes, bearable):
 
 def in_a_loop(scrapes, bearable):
     before, late = scrapes[0], 0
-    for one in scrapes:
-        if one["verdict"] == "deadlock" or one["deadlocks_total"] > before["deadlocks_total"]:
+    for scrape in scrapes:
+        if scrape["verdict"] == "deadlock" or scrape["deadlocks_total"] > before["deadlocks_total"]:
             return True
-        late += one["oldest_wait_seconds"] > bearable and one["waiting"] > 0
-        before = one
+        late += scrape["oldest_wait_seconds"] > bearable and scrape["waiting"] > 0
+        before = scrape
     return late == len(scrapes)
 
 
@@ -177,7 +177,7 @@ def always(scrapes, bearable):
 
 
 def when_full(scrapes, bearable):
-    return all(one["checked_out"] == one["capacity"] for one in scrapes)
+    return all(scrape["checked_out"] == scrape["capacity"] for scrape in scrapes)
 
 
 def when_many_wait(scrapes, bearable):
@@ -186,7 +186,7 @@ def when_many_wait(scrapes, bearable):
 
 def when_nothing_moves(scrapes, bearable):
     still = scrapes[0]["checkouts_total"] == scrapes[-1]["checkouts_total"]
-    return (still and all(one["waiting"] for one in scrapes)) or all_wait(scrapes, bearable)
+    return (still and all(scrape["waiting"] for scrape in scrapes)) or all_wait(scrapes, bearable)
 
 
 def when_somebody_times_out(scrapes, bearable):

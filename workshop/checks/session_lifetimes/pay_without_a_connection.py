@@ -1,4 +1,4 @@
-"""Exercise 06, task 1: a payment that holds its connection while somebody else takes his time."""
+"""Exercise 06, task 1: a payment that holds its connection while somebody else takes their time."""
 
 from __future__ import annotations
 
