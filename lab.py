@@ -11,8 +11,9 @@ python3 lab.py test [pytest options]    run everything that CI runs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
-it is on PATH, else with the locked uv, fetched by pip. Where there is no network, wheels can come
-from a folder: UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
+it is on PATH, else with the locked uv, fetched by pip. Where a company inspects TLS, they go on
+with the system's certificates. Where there is no network, wheels can come from a folder:
+UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
 """
 # Python 3.6 must be able to parse this file: an old Python shall say that it is old, in one line.
 
@@ -52,8 +53,21 @@ COMMANDS = {
     "progress": ["workshop.progress"],
     "reset": ["workshop.generator"],
 }
+# What uv or pip say of a certificate that none of those they trust has signed, as where a company
+# inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since
+# 0.11, and had another name for it before; pip from 24.2 on does it by itself.
+UNTRUSTED = r"invalid peer certificate|CERTIFICATE_VERIFY_FAILED|truststore. must be installed"
+SYSTEM_CERTIFICATES = {
+    "UV_SYSTEM_CERTS": "true",
+    "UV_NATIVE_TLS": "true",
+    "PIP_USE_FEATURE": "truststore",
+}
 # What uv or pip say when they fail, and what the user is told.
 FAILURES = {
+    UNTRUSTED: (
+        "the certificate of the package index is not trusted here; let SSL_CERT_FILE and PIP_CERT"
+        " name the file with your network's certificates and start again"
+    ),
     r"No space left|os error (28|112)\b": "the disk is full",
     r"Failed to (fetch|read)|error sending request|timed out|disabled|No matching distribution": (
         "packages are out of reach; connect to the network and start again"
@@ -166,13 +180,16 @@ def add_checkout():
     # Relative, hence ASCII: .pth files are read in an encoding that may lack this folder's name.
     Path(site_packages, "workshop.pth").write_text(os.path.relpath(ROOT, site_packages) + "\n")
     settings = VENV / "share/jupyter/lab/settings/overrides.json"
-    settings.parent.mkdir(exist_ok=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     no_news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
     settings.write_text(json.dumps(no_news))
 
 
 def watch(command, environ):
-    """Run a command and show its progress; if it fails, say in one line why."""
+    """Run a command and show its progress; if it fails, say in one line why.
+
+    Where it trusts too few certificates it is run once more, and all after it, with the system's.
+    """
     lines = []
     with subprocess.Popen(
         command,
@@ -192,12 +209,20 @@ def watch(command, environ):
         except BaseException:
             process.kill()
             raise
-    if process.returncode:
-        for pattern, advice in FAILURES.items():
-            for line in lines:
-                if re.search(pattern, line):
-                    raise Trouble(f"{advice} ({line})")
-        raise Trouble("the set-up failed:\n" + "\n".join(lines))
+    if not process.returncode:
+        return
+    said = "\n".join(lines)
+    if re.search(UNTRUSTED, said) and not SYSTEM_CERTIFICATES.keys() <= environ.keys():
+        environ.update({**SYSTEM_CERTIFICATES, **environ})
+        watch(command, environ)
+        return
+    for pattern, advice in FAILURES.items():
+        for line in lines:
+            if re.search(pattern, line):
+                reasons = [other for other in lines if re.match("cause:|Caused by:|hint:", other)]
+                told = dict.fromkeys([line, *reasons])
+                raise Trouble("{} ({})".format(advice, "; ".join(told)))
+    raise Trouble(f"the set-up failed:\n{said}")
 
 
 def check_server():

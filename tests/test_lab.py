@@ -1,16 +1,25 @@
 """lab.py as its users meet it: run in copies of the checkout, each with its own environment."""
 
+from __future__ import annotations
+
 import ast
+import functools
+import hashlib
+import http.server
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -127,6 +136,12 @@ def listens(process: subprocess.Popen[str], port: int) -> None:
     pytest.fail("".join(process.communicate()))
 
 
+def path(has_uv: bool) -> str:
+    """A PATH on which there is uv, the locked one, or none."""
+    with_uv = [str(Path(sys.executable).parent)] if has_uv else []
+    return os.pathsep.join([*with_uv, os.defpath])
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -219,11 +234,110 @@ def test_lock_that_is_missing(lab: Lab) -> None:
 @pytest.mark.parametrize("has_uv", [True, False])
 def test_no_network(has_uv: bool, lab: Lab) -> None:
     index = f"http://127.0.0.1:{free_port()}/simple"
-    environ = {"UV_DEFAULT_INDEX": index, "PIP_INDEX_URL": index, "UV_HTTP_RETRIES": "0"}
-    if not has_uv:
-        environ |= {"PATH": "", "PIP_RETRIES": "0"}
+    environ = {"UV_DEFAULT_INDEX": index, "PIP_INDEX_URL": index}
+    environ |= {"UV_HTTP_RETRIES": "0", "PIP_RETRIES": "0", "PATH": path(has_uv)}
     line = one_line(lab.run(**environ, UV_CACHE_DIR=str(lab.folder.parent / "cache")))
     assert "connect to the network and start again" in line
+    lab.assert_nothing_left()
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inspected]:
+    """A package index behind a proxy that inspects TLS, as companies have them."""
+    folder = tmp_path_factory.mktemp("inspected")
+    wheel = stand_in_wheel(folder)
+    new = "openssl req -x509 -newkey rsa:2048 -nodes"
+    for command in (
+        f"{new} -subj /CN=company -keyout company.key -out company.pem",
+        f"{new} -subj /CN=proxy -addext subjectAltName=IP:127.0.0.1 -keyout proxy.key"
+        " -addext basicConstraints=critical,CA:FALSE -CA company.pem -CAkey company.key -out proxy.pem",
+    ):
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    page = folder / "simple/uv/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(f'<a href="/{wheel.name}">{wheel.name}</a>')
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "proxy.pem", folder / "proxy.key")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"https://127.0.0.1:{server.server_port}/simple"
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        yield Inspected(index, folder / "company.pem", f"uv==1.0 \\\n    --hash=sha256:{digest}\n")
+        server.shutdown()
+
+
+@dataclass
+class Inspected:
+    """Its address, the certificate that alone vouches for it, and the lock for its one package."""
+
+    index: str
+    certificate: Path
+    lock: str
+
+    def start(self, lab: Lab, has_uv: bool, is_known: bool) -> tuple[int, str, str]:
+        """Set up from it, on a machine that knows the certificate or not."""
+        lab.lock.write_text(self.lock)
+        told = ("SSL_CERT_FILE", "SSL_CERT_DIR", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+        for name in told:
+            lab.environ.pop(name, None)
+        prefix = with_certificate(self.certificate) if is_known else ()
+        return lab.run(
+            *("test", "--version"),
+            prefix=prefix,
+            PATH=path(has_uv),
+            UV_DEFAULT_INDEX=self.index,
+            UV_CACHE_DIR=str(lab.folder.parent / "cache"),
+            PIP_INDEX_URL=self.index,
+            PIP_CONFIG_FILE=os.devnull,
+            PIP_RETRIES="0",
+        )
+
+
+def stand_in_wheel(folder: Path) -> Path:
+    """A wheel that can be installed in place of all others: its uv does nothing, its pytest tells."""
+    path = folder / "uv-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("uv.py", "")
+        wheel.writestr("pytest.py", "print('installed from the company')")
+        wheel.writestr("uv-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 1.0")
+        wheel.writestr("uv-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        wheel.writestr("uv-1.0.dist-info/RECORD", "")
+    return path
+
+
+def with_certificate(certificate: Path) -> tuple[str, ...]:
+    """A command's prefix, by which it sees a system that trusts one more certificate."""
+    bundle = Path("/etc/ssl/certs/ca-certificates.crt")
+    if not bundle.exists():
+        pytest.skip("the certificates of this system are elsewhere")
+    both = certificate.with_name("bundle.pem")
+    both.write_bytes(bundle.read_bytes() + certificate.read_bytes())
+    script = f'mount --bind "$0" {bundle} && exec "$@"'
+    prefix = ("unshare", "--map-root-user", "--mount", "sh", "-c", script, str(both))
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine does not let us change what its programs see")
+    return prefix
+
+
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_network_that_inspects_tls(has_uv: bool, inspected: Inspected, lab: Lab) -> None:
+    """What the system trusts is trusted, as a browser does."""
+    status, output, errors = inspected.start(lab, has_uv, is_known=True)
+    if "truststore' must be installed" in errors:  # an old pip has only certificates of its own
+        assert "let SSL_CERT_FILE and PIP_CERT name the file" in one_line((status, output, errors))
+    else:
+        assert (status, errors) == (0, "")
+        assert "installed from the company" in output
+
+
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_certificate_that_nobody_knows(has_uv: bool, inspected: Inspected, lab: Lab) -> None:
+    line = one_line(inspected.start(lab, has_uv, is_known=False))
+    assert "let SSL_CERT_FILE and PIP_CERT name the file" in line
+    if has_uv:
+        assert "cause: invalid peer certificate: UnknownIssuer" in line
     lab.assert_nothing_left()
 
 
