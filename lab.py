@@ -33,6 +33,7 @@ OLDEST, NEWEST = (3, 11), (3, 14)
 ROOT = Path(__file__).resolve().parent
 LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
+OLD_VENV = ROOT / ".venv.old"  # what a new one replaces, for a moment
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 INSTALLED = VENV / "installed.stamp"  # written last: an environment without it is never trusted
 SERVER_CHECKED = VENV / "server-checked.stamp"
@@ -84,10 +85,6 @@ class Trouble(Exception):
 
 def main(arguments):
     """Carry out one command line; return the exit status."""
-    found = "{}.{}".format(*sys.version_info)
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        wanted = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
-        raise Trouble(f"Python {found} found; {wanted} wanted: install one, and run this with it")
     command, options = None, arguments
     if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
@@ -99,23 +96,58 @@ def main(arguments):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends children, too
     if not is_installed():
         install()
+    lock_environment()
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
     return check_server() or open_jupyterlab(options)
 
 
 def fingerprint():
-    """What the environment is made from: another lock, Python or folder wants another one."""
-    sources = [LOCK.read_bytes().hex(), sys.version, sys.base_prefix, str(ROOT)]
+    """What the environment is made of: another lock or folder, or another Python in it, wants a new one.
+
+    The Python that runs this file need not be that one.
+    """
+    question = "import sys; print(sys.version, sys.base_prefix, sep='\\n')"
+    ask = [str(PYTHON), "-I", "-S", "-X", "utf8", "-c", question]
+    try:
+        python = subprocess.check_output(ask, stderr=subprocess.DEVNULL, encoding="utf-8").strip()
+    except (OSError, subprocess.CalledProcessError) as error:  # removed, or of another machine
+        python = str(error)
+    sources = [LOCK.read_bytes().hex(), python, str(ROOT)]
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 
 def is_installed():
-    return PYTHON.exists() and INSTALLED.exists() and INSTALLED.read_text() == fingerprint()
+    return INSTALLED.exists() and INSTALLED.read_text() == fingerprint()
+
+
+def lock_environment(alone=False):
+    """Keep the environment from being replaced as long as this process lives, or ask for it `alone`.
+
+    Raises Trouble where it is asked for alone and a lab runs from it.
+    """
+    if os.name == "nt":  # where a folder cannot be moved while something in it is used
+        return
+    import fcntl
+
+    stamp = os.open(str(INSTALLED), os.O_RDONLY)
+    os.set_inheritable(stamp, True)  # what this process becomes keeps it
+    try:
+        fcntl.flock(stamp, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Trouble(
+            "a lab is running from .venv, which must be made anew; close it and start again"
+        ) from None
+    except OSError:  # a network drive that knows no locks
+        return
 
 
 def install():
     """Make .venv from requirements.lock; leave nothing behind where that fails."""
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        found = "{}.{}".format(*sys.version_info)
+        wanted = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+        raise Trouble(f"Python {found} found; {wanted} wanted: install one, and run this with it")
     uv = shutil.which("uv")
     modules = ["venv"] if uv else ["venv", "ensurepip"]
     if not all(importlib.util.find_spec(module) for module in modules):
@@ -124,9 +156,14 @@ def install():
     if free < DISK_NEEDED:
         raise Trouble(f"{DISK_NEEDED / 1e9} GB of free disk wanted, {free / 1e9:.1f} GB found")
     try:
-        INSTALLED.unlink(missing_ok=True)  # first, so that half an environment is never trusted
+        if OLD_VENV.exists():
+            shutil.rmtree(OLD_VENV)
         if VENV.exists():
-            shutil.rmtree(VENV)
+            if INSTALLED.exists():
+                lock_environment(alone=True)
+            # First, so that half an environment is never trusted; Windows refuses it while one is used.
+            VENV.rename(OLD_VENV)
+            shutil.rmtree(OLD_VENV)
         VENV.mkdir()
     except OSError as error:
         raise Trouble(

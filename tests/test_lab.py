@@ -142,6 +142,11 @@ def path(has_uv: bool) -> str:
     return os.pathsep.join([*with_uv, os.defpath])
 
 
+def other_pythons(pattern: str = "3.*") -> Iterator[Path]:
+    """Those of this machine that pyenv has installed."""
+    yield from Path.home().glob(f".pyenv/versions/{pattern}/bin/python")
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -154,10 +159,10 @@ def test_other_pythons_are_told_in_one_line(version: tuple[int, ...], lab: Lab) 
     lab.assert_nothing_left()
 
 
-def test_python_36_can_read_lab() -> None:
+def test_python_36_can_read_lab(lab: Lab) -> None:
     ast.parse((ROOT / "lab.py").read_text(), feature_version=(3, 6))
-    for python in Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python"):
-        result = subprocess.run([python, ROOT / "lab.py"], capture_output=True, text=True)
+    for python in other_pythons("3.[6-9].*"):
+        result = subprocess.run([python, lab.folder / "lab.py"], capture_output=True, text=True)
         assert result.stderr.startswith("lab.py: Python 3.")
         assert result.returncode == 1
 
@@ -395,6 +400,52 @@ def test_another_lock_asks_for_another_environment(lab: Lab) -> None:
     assert "Setting up" not in lab.run("test", "--version")[1]
     lab.lock.write_text(lab.lock.read_text() + "# another\n")
     assert "Setting up" in lab.run("test", "--version")[1]
+
+
+def test_an_environment_serves_whatever_python_calls(installed: Lab) -> None:
+    another = "sys.version, sys.version_info, sys.base_prefix = '3.6.15', (3, 6, 15), '/elsewhere'"
+    status, output, errors = installed.run("test", "--version", pretend=another)
+    assert (status, errors) == (0, "")
+    assert "Setting up" not in output
+    for python in other_pythons():
+        command = [python, "lab.py", "test", "--version"]
+        output = subprocess.check_output(
+            command, cwd=installed.folder, env=installed.environ, text=True
+        )
+        assert "pytest 9" in output
+        assert "Setting up" not in output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its Python is a link only elsewhere")
+def test_an_environment_whose_python_was_upgraded_is_not_trusted(installed: Lab) -> None:
+    python = installed.venv / "bin/python"
+    target = python.readlink()
+    python.unlink()
+    python.write_text("#!/bin/sh\necho 3.99.0\n")
+    python.chmod(0o755)
+    try:
+        line = one_line(installed.run(pretend="sys.version_info = (3, 15, 0, 'final', 0)"))
+    finally:
+        python.unlink()
+        python.symlink_to(target)
+    assert "3.11 to 3.14 wanted" in line  # for a new one
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there the system itself refuses it")
+def test_the_environment_of_a_running_lab_is_not_replaced(installed: Lab) -> None:
+    port, lock = free_port(), installed.lock.read_text()
+    jupyterlab = installed.start("--no-browser", f"--ServerApp.port={port}")
+    try:
+        listens(jupyterlab, port)
+        installed.lock.write_text(lock + "# another\n")
+        assert "a lab is running from .venv" in one_line(installed.run("progress"))
+    finally:
+        installed.lock.write_text(lock)
+        jupyterlab.terminate()
+        jupyterlab.communicate(timeout=15)
+    status, output, errors = installed.run("test", "--version")
+    assert (status, errors) == (0, "")
+    assert "Setting up" not in output
 
 
 def test_without_uv(lab: Lab) -> None:
