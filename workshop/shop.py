@@ -8,16 +8,12 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 
 from sqlalchemy import (
     BigInteger,
-    ColumnElement,
-    DateTime,
     ForeignKey,
     MetaData,
     Numeric,
@@ -26,7 +22,6 @@ from sqlalchemy import (
     inspect,
     select,
 )
-from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.pool import NullPool
@@ -178,9 +173,7 @@ class ShopMarker(Base):
 
 # One loader at a time in one database; any number will do, as long as all loaders use the same.
 ADVISORY_LOCK = 7_311_982
-# Seconds to wait for another process that is loading into the same SQLite file,
-LOCK_PATIENCE = 60
-# and for a server that may not be there at all.
+# Seconds to wait for a server that may not be there at all.
 CONNECT_PATIENCE = 10
 LOADED = (Base.metadata.tables["products"], Base.metadata.tables["sales"])
 
@@ -226,17 +219,13 @@ async def prepare(url: str, *, scale: int = 1) -> str:
     sales line so many times. Raises Mistake if tables of these names are there that are not ours,
     or that another edition of the shop made.
     """
-    on_sqlite = make_url(url).get_backend_name() == "sqlite"
-    patience = LOCK_PATIENCE if on_sqlite else CONNECT_PATIENCE
-    engine = create_async_engine(url, poolclass=NullPool, connect_args={"timeout": patience})
+    engine = create_async_engine(
+        url, poolclass=NullPool, connect_args={"timeout": CONNECT_PATIENCE}
+    )
     async with engine.connect() as connection:
         version = ".".join(map(str, connection.dialect.server_version_info or ()))
-        name = f"{'SQLite' if on_sqlite else 'PostgreSQL'} {version}"
-        if on_sqlite:
-            # sqlite3 would begin no transaction for CREATE TABLE by itself.
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
-        else:
-            await connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+        name = f"PostgreSQL {version}"
+        await connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK)))
         if await _is_loaded(connection, scale):
             return name
         check_data()
@@ -250,16 +239,12 @@ async def prepare(url: str, *, scale: int = 1) -> str:
         await connection.commit()
         # Only now: VACUUM refuses a transaction. It leaves autovacuum nothing to do while
         # somebody measures, and the planner knows the tables.
-        if on_sqlite:
-            await connection.exec_driver_sql("ANALYZE")
-        else:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
-            if (connection.dialect.server_version_info or ()) >= (15,):
-                # Else the loader's own counts arrive after the VACUUM, and undo what it noted.
-                await connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
-            names = ", ".join(table.name for table in LOADED)
-            await connection.exec_driver_sql(f"VACUUM (ANALYZE) {names}")
-        await connection.commit()
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        if (connection.dialect.server_version_info or ()) >= (15,):
+            # Else the loader's own counts arrive after the VACUUM, and undo what it noted.
+            await connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
+        names = ", ".join(table.name for table in LOADED)
+        await connection.exec_driver_sql(f"VACUUM (ANALYZE) {names}")
     return name
 
 
@@ -289,13 +274,6 @@ async def _load(connection: AsyncConnection, table: Table, times: int) -> None:
     path = DATA / f"{table.name}.csv.gz"
     with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:
         columns = next(csv.reader(lines))
-    if connection.dialect.name == "sqlite":
-        values = ", ".join(_as_stored(table.columns[column]) for column in columns)
-        statement = f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES ({values})"
-        for _ in range(times):
-            for batch in _batches(path):
-                await connection.exec_driver_sql(statement, batch)
-        return
     # Constraints that do not hold for the past, and indexes, come after the rows: that is faster.
     later = table.foreign_key_constraints
     for constraint in later:
@@ -314,22 +292,3 @@ async def _load(connection: AsyncConnection, table: Table, times: int) -> None:
         await connection.execute(CreateIndex(index))
     for constraint in later:
         await connection.execute(AddConstraint(constraint, isolate_from_table=False))
-
-
-def _as_stored(column: ColumnElement[object]) -> str:
-    """An SQL expression that makes a field of the file what SQLAlchemy stores in SQLite."""
-    if isinstance(column.type, Numeric):
-        return "round(nullif(?, ''), 2)"
-    if isinstance(column.type, DateTime):
-        # Moments are stored, and compared, as text with microseconds.
-        return "? || '.000000'"
-    return "nullif(?, '')"
-
-
-def _batches(path: Path, size: int = 10_000) -> Iterator[list[tuple[str, ...]]]:
-    """The rows of a data file, `size` at a time."""
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:
-        rows = csv.reader(lines)
-        next(rows)
-        while batch := list(map(tuple, islice(rows, size))):
-            yield batch

