@@ -548,6 +548,9 @@ def test_database_url_is_obeyed_or_refused(strangers_server: str, sandbox: Path)
         ("postgresql+asyncpg://u:pass-word@localhost", "names no database"),
         ("postgresql+asyncpg:///db", "names no host"),
         ("postgresql+asyncpg://u:pass-word@host.invalid/db", "no PostgreSQL answers"),
+        ("postgresql+asyncpg://u:a@pass-word@host/db", "more than one @"),
+        ("postgresql+asyncpg://u:a@host.invalid/pass-word@host/db", "more than one @"),
+        ("postgresql+asyncpg://u:pass-word@host.invalid/db?sslmode=require", "'sslmode'"),
     ],
 )
 def test_database_url_that_cannot_be_used(url: str, expected: str) -> None:
@@ -606,13 +609,40 @@ def test_database_url_is_loaded_once_and_left_running(empty_database: str, sandb
     expect_nothing_left(sandbox)
 
 
-def test_strangers_tables_are_not_touched(empty_database: str) -> None:
-    """A table of ours by name only: a refusal, and the table is as it was."""
-    ask(empty_database, "CREATE TABLE orders AS SELECT 42 AS answer")
-    assert "not ours (orders). Nothing was touched" in refusal(empty_database)
-    assert ask(empty_database, "SELECT answer FROM orders") == 42
-    tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'"
+@pytest.mark.parametrize("table", ["orders", "users", "app.users"])
+def test_a_database_that_somebody_uses_is_not_touched(table: str, empty_database: str) -> None:
+    """Whether a table is called like one of ours or not, and in each schema: a refusal."""
+    ask(empty_database, "CREATE SCHEMA app")
+    ask(empty_database, f"CREATE TABLE {table} AS SELECT 42 AS answer")
+    message = refusal(empty_database)
+    name = empty_database.rpartition("/")[2]
+    assert f"names {name} at 127.0.0.1, which has tables that are not the workshop's" in message
+    assert f"({table.rpartition('.')[2]}). Nothing was touched" in message
+    assert ask(empty_database, f"SELECT answer FROM {table}") == 42
+    tables = "SELECT count(*) FROM pg_tables WHERE schemaname IN ('public', 'app')"
     assert ask(empty_database, tables) == 1
+
+
+def test_of_many_tables_some_are_named(empty_database: str) -> None:
+    for number in range(7):
+        ask(empty_database, f"CREATE TABLE t{number} ()")
+    assert "(t0, t1, t2, t3, t4 and 2 more)" in refusal(empty_database)
+
+
+def test_password_that_other_parsers_misread(strangers_server: str, sandbox: Path) -> None:
+    """Everything here reads the address as SQLAlchemy does; which database it is, is always said."""
+    ask(strangers_server, "CREATE ROLE app LOGIN PASSWORD 's3cr3t/part'")
+    ask(strangers_server, "CREATE DATABASE apps OWNER app")
+    port = strangers_server.rpartition(":")[2].partition("/")[0]
+    url = f"postgresql+asyncpg://app:s3cr3t/part@127.0.0.1:{port}/apps"
+    program = ASK + f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}]);"
+    program += "from workshop.database import *; print(database_url(), describe(), sep='\\n')"
+    process = start(program, sandbox, DATABASE_URL=url)
+    output, errors = process.communicate(timeout=60)
+    name = f"PostgreSQL {ask(strangers_server, 'SHOW server_version')}"
+    description = f"{name} at 127.0.0.1:{port}/apps, as DATABASE_URL says"
+    assert output.splitlines() == [url] * 3 + [description]
+    assert errors == f"The database: {description}.\n"
 
 
 def test_another_edition_is_not_touched(empty_database: str) -> None:

@@ -19,10 +19,12 @@ import threading
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from typing import TYPE_CHECKING, Any
 
 from workshop.mistake import Mistake
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 ROOT = Path(__file__).resolve().parent.parent
 # Tells child processes of this one which databases it has (see _inherited).
@@ -44,6 +46,14 @@ class Database:
     url: str
     name: str
     private: bool
+
+    @property
+    def description(self) -> str:
+        """One line on which database this is and whose; without the password."""
+        if self.private:
+            return f"{self.name}, private to this process and gone with it"
+        host, port = _server_of(self.url)
+        return f"{self.name} at {host}:{port}/{_parsed(self.url).database}, as DATABASE_URL says"
 
 
 class Server:
@@ -108,14 +118,7 @@ def database_name(scale: int = 1) -> str:
 
 def describe(scale: int = 1) -> str:
     """One line on which database this is and whose; without the password."""
-    database = _database(scale)
-    if not database.private:
-        parts = _split(database.url)
-        place = parts.path.removeprefix("/")
-        if parts.hostname is not None:
-            place = f"{parts.hostname}:{parts.port or 5432}/{place}"
-        return f"{database.name} at {place}, as DATABASE_URL says"
-    return f"{database.name}, private to this process and gone with it"
+    return _database(scale).description
 
 
 def start_server(scale: int = 1) -> Server:
@@ -130,12 +133,10 @@ def start_server(scale: int = 1) -> Server:
 
 def check_url(url: str) -> None:
     """Raise Mistake unless `url` names a database for asyncpg; does not connect."""
-    # Imported here: without DATABASE_URL this module does not need SQLAlchemy.
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        parts = make_url(url)
+        parts = _parsed(url)
     except (ArgumentError, ValueError):
         # The text is not shown, for nobody knows where in it the password is.
         raise Mistake(f"DATABASE_URL is not an address of a database. {WANTED}") from None
@@ -144,6 +145,8 @@ def check_url(url: str) -> None:
     if not parts.host or not parts.database:
         missing = "database" if parts.host else "host"
         raise Mistake(f"DATABASE_URL names no {missing}. {WANTED}")
+    if "@" in parts.host + parts.database:  # then messages would show a part of the password
+        raise Mistake("DATABASE_URL has more than one @. In a password, write it as %40.")
 
 
 def _database(scale: int) -> Database:
@@ -166,7 +169,9 @@ def _first(scale: int) -> Database:
         check_url(url)
         watchdog, answer = _ask({"scale": scale, "url": url})
         _end(watchdog)
-        return Database(**answer, private=False)
+        database = Database(**answer, private=False)
+        print(f"The database: {database.description}.", file=sys.stderr)
+        return database
     return start_server(scale).database
 
 
@@ -192,18 +197,24 @@ def _inherited(scale: int) -> Database | None:
     return database if _answers(database.url) else None
 
 
-def _split(url: str) -> SplitResult:
-    # SQLAlchemy's addresses have no fragments, but a file's name may have a #.
-    return urlsplit(url, allow_fragments=False)
+def _parsed(url: str) -> URL:
+    # By SQLAlchemy's own parser, for another one finds another password in the same text. It is
+    # imported here, for the start of a private database has no time to lose.
+    from sqlalchemy.engine import make_url
+
+    return make_url(url)
+
+
+def _server_of(url: str) -> tuple[str, int]:
+    parts = _parsed(url)
+    assert parts.host is not None
+    return parts.host, parts.port or 5432
 
 
 def _answers(url: str) -> bool:
-    """Whether the server is still there; for SQLite, whether the file is."""
-    parts = _split(url)
-    if parts.hostname is None:
-        return Path(parts.path.removeprefix("/")).exists()
+    """Whether the server is still there."""
     try:
-        socket.create_connection((parts.hostname, parts.port or 5432), timeout=2).close()
+        socket.create_connection(_server_of(url), timeout=2).close()
     except OSError:
         return False
     return True

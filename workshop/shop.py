@@ -19,8 +19,8 @@ from sqlalchemy import (
     Numeric,
     Table,
     func,
-    inspect,
     select,
+    text,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -176,6 +176,12 @@ ADVISORY_LOCK = 7_311_982
 # Seconds to wait for a server that may not be there at all.
 CONNECT_PATIENCE = 10
 LOADED = (Base.metadata.tables["products"], Base.metadata.tables["sales"])
+# All tables of the database and whether they are where ours would be: who uses it may have a schema.
+TABLES = text(
+    "SELECT tablename, schemaname = current_schema() FROM pg_tables"
+    " WHERE schemaname <> 'information_schema' AND schemaname !~ '^pg_' ORDER BY tablename"
+)
+NAMED = 5  # of the tables that are in the way
 
 
 def checksums() -> dict[str, str]:
@@ -216,8 +222,8 @@ async def prepare(url: str, *, scale: int = 1) -> str:
     Returns what the database is, for example "PostgreSQL 16.14".
 
     All of it is one transaction: a loader that is killed leaves nothing. `scale` repeats each
-    sales line so many times. Raises Mistake if tables of these names are there that are not ours,
-    or that another edition of the shop made.
+    sales line so many times. Raises Mistake if the database has tables and the shop is not among
+    them, or is another edition of it.
     """
     engine = create_async_engine(
         url, poolclass=NullPool, connect_args={"timeout": CONNECT_PATIENCE}
@@ -249,22 +255,25 @@ async def prepare(url: str, *, scale: int = 1) -> str:
 
 
 async def _is_loaded(connection: AsyncConnection, scale: int) -> bool:
-    """Whether this edition of the shop is there; Mistake if something else is in its place."""
-    there = set(await connection.run_sync(lambda sync: inspect(sync).get_table_names()))
-    taken = sorted(there & set(Base.metadata.tables))
-    if not taken:
-        return False
-    if ShopMarker.__tablename__ not in there:
+    """Whether this edition of the shop is there; Mistake if anything else is there without it."""
+    place = f"{connection.engine.url.database} at {connection.engine.url.host}"
+    there = (await connection.execute(TABLES)).all()
+    ours = sorted({name for name, is_here in there if is_here} & set(Base.metadata.tables))
+    if ShopMarker.__tablename__ not in ours:
+        if not there:
+            return False
+        names = ", ".join(name for name, _ in there[:NAMED])
+        more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
         raise Mistake(
-            f"The database in DATABASE_URL already has tables that are not ours "
-            f"({', '.join(taken)}). Nothing was touched; please name an empty database."
+            f"DATABASE_URL names {place}, which has tables that are not the workshop's ({names}{more}). "
+            f"Nothing was touched. Name an empty database, or unset DATABASE_URL for a server of your own."
         )
     found = await connection.scalar(select(ShopMarker.fingerprint))
-    if found != fingerprint(scale) or len(taken) < len(Base.metadata.tables):
+    if found != fingerprint(scale) or len(ours) < len(Base.metadata.tables):
         raise Mistake(
-            f"The database in DATABASE_URL holds another edition of the shop ({found}, and "
-            f"{fingerprint(scale)} is wanted), or a part of it. Please name an empty database, "
-            f"or drop these tables: {', '.join(taken)}."
+            f"DATABASE_URL names {place}, which holds another edition of the shop ({found}, and "
+            f"{fingerprint(scale)} is wanted), or a part of it. Name an empty database, "
+            f"or drop these tables: {', '.join(ours)}."
         )
     return True
 

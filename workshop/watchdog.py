@@ -200,6 +200,8 @@ def _refusal(error: BaseException, url: URL) -> str | None:
     while cause is not None:
         causes.append(cause)
         cause = getattr(cause, "orig", None) or cause.__cause__
+    if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        return f"asyncpg says: {error}. Remove it, or give it asyncpg's name (ssl, not sslmode)."
     state = next((each.sqlstate for each in causes if hasattr(each, "sqlstate")), None) or ""
     server = f"{url.host}:{url.port or 5432}"
     refusals = {
