@@ -41,9 +41,14 @@ DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the less
 FIRST_LESSON = "/lab/tree/notebooks/00_start_here.ipynb"
 # The package rfc3987_syntax builds a grammar when it is imported, half of JupyterLab's start-up
 # time, for a check of international URLs that nothing here asks for. jsonschema does without it.
-JUPYTERLAB = (
-    "import sys; sys.modules['rfc3987_syntax'] = None; from jupyterlab.labapp import main; main()"
-)
+JUPYTERLAB = """
+import sys
+from workshop.kernels import ENCRYPTION
+sys.modules["rfc3987_syntax"] = None
+sys.argv.insert(1, f"--MappingKernelManager.transport_encryption={ENCRYPTION}")
+from jupyterlab.labapp import main
+main()
+"""
 COMMANDS = {
     "test": ["pytest"],
     "run": ["workshop.notebooks", "run"],
@@ -94,6 +99,11 @@ def main(arguments):
         if command not in COMMANDS:
             raise Trouble(f"no command {command!r}; there are {', '.join(COMMANDS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends children, too
+    home = os.path.expanduser("~")
+    if not os.access(home, os.W_OK):  # as for a user of a container whom it does not know
+        raise Trouble(
+            f"cannot write to your home folder {home}; name another: HOME=folder python3 lab.py"
+        )
     if not is_installed():
         install()
     lock_environment()
@@ -274,7 +284,9 @@ def check_server():
 
 
 def open_jupyterlab(options):
+    print("JupyterLab starts. Ctrl-C here ends it, and all that it runs.")
     defaults = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={FIRST_LESSON}"]
+    defaults.append("--Application.log_level=ERROR")  # a learner can do nothing about the rest
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
     return hand_over(["-c", JUPYTERLAB, *defaults, *options])

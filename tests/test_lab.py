@@ -6,6 +6,7 @@ import ast
 import functools
 import hashlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
+from jupyter_client.blocking import BlockingKernelClient
+from nbclient import NotebookClient
+
+from workshop.kernels import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 # Runs lab.py after a line of Python that makes the machine look different.
@@ -482,6 +488,45 @@ def test_database_url_mistakes(url: str, installed: Lab) -> None:
     line = one_line(installed.run("--no-browser", DATABASE_URL=url))
     assert "DATABASE_URL" in line
     installed.assert_nothing_runs()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such users")
+def test_home_that_cannot_be_written(lab: Lab) -> None:
+    """As a container's user has whom it does not know."""
+    assert "HOME=folder python3 lab.py" in one_line(lab.run(HOME="/no/such/folder"))
+    lab.assert_nothing_left()
+
+
+def test_terminal_is_quiet(installed: Lab, tmp_path: Path) -> None:
+    """A kernel adds nothing to what the terminal says at the start; it talks encrypted."""
+    port = free_port()
+    process = installed.start(
+        *("--no-browser", f"--ServerApp.port={port}", "--IdentityProvider.token=token"),
+        JUPYTER_RUNTIME_DIR=str(tmp_path),
+    )
+    listens(process, port)
+    url = f"http://127.0.0.1:{port}/api/kernels?token=token"
+    with urllib.request.urlopen(url, data=b'{"name": "python3"}', timeout=60) as answer:
+        kernel = json.load(answer)["id"]
+    client = BlockingKernelClient(connection_file=str(tmp_path / f"kernel-{kernel}.json"))
+    client.load_connection_file()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    client.stop_channels()
+    assert "curve_publickey" in client.get_connection_info()
+    process.terminate()
+    output, errors = process.communicate(timeout=15)
+    assert output == "JupyterLab starts. Ctrl-C here ends it, and all that it runs.\n"
+    (line,) = errors.splitlines()
+    assert "received signal 15" in line
+    installed.assert_nothing_runs()
+
+
+def test_kernels_without_a_browser_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('done')")])
+    NotebookClient(notebook, config=SETTINGS).execute()
+    assert notebook.cells[0].outputs[0].text == "done\n"
+    assert capfd.readouterr() == ("", "")
 
 
 def start_jupyterlab(lab: Lab) -> float:

@@ -34,6 +34,7 @@ from ormscope import PoolScope
 from ormscope.lab import MemoryScope, Recording, observe, storm
 from ormscope.lab.storm import log
 from workshop.database import start_server
+from workshop.kernels import SETTINGS
 from workshop.shop import Product, Sale
 
 BANANAS = 1082185
@@ -93,7 +94,7 @@ def _observed(url: str) -> float:
         f"from ormscope.lab import observe\nfrom workshop.bench import busy\nprint(observe(busy, {url!r}).throughput)"
     )
     notebook = nbformat.v4.new_notebook(cells=[cell])
-    NotebookClient(notebook, kernel_name=NATIVE_KERNEL_NAME, timeout=300).execute()
+    NotebookClient(notebook, kernel_name=NATIVE_KERNEL_NAME, timeout=300, config=SETTINGS).execute()
     texts = [output.text for output in notebook.cells[0].outputs if output.output_type == "stream"]
     return float(texts[-1])
 

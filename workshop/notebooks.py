@@ -22,6 +22,7 @@ from nbformat import NotebookNode
 
 from workshop.exercises import EXERCISES, ROOT, SOLUTIONS
 from workshop.generator import generated
+from workshop.kernels import SETTINGS
 from workshop.mistake import Mistake
 
 EXECUTED = ROOT / "executed"
@@ -68,6 +69,7 @@ def execute(
         notebook,
         timeout=CELL_TIMEOUT,
         kernel_name=NATIVE_KERNEL_NAME,
+        config=SETTINGS,
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_execute=executing,
         on_cell_executed=executed,
