@@ -9,6 +9,7 @@ python3 lab.py bench                    measure the instruments themselves
 python3 lab.py matrix [options]         test the instruments on each Python, SQLAlchemy and event loop
 python3 lab.py test [pytest options]    run everything that CI runs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
+python3 lab.py remove                   take away what the kit keeps outside of this folder
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
 it is on PATH, else with the locked uv, fetched by pip. Where a company inspects TLS, they go on
@@ -37,6 +38,7 @@ OLD_VENV = ROOT / ".venv.old"  # what a new one replaces, for a moment
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 INSTALLED = VENV / "installed.stamp"  # written last: an environment without it is never trusted
 SERVER_CHECKED = VENV / "server-checked.stamp"
+APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
 FIRST_LESSON = "/lab/tree/notebooks/00_start_here.ipynb"
 # The package rfc3987_syntax builds a grammar when it is imported, half of JupyterLab's start-up
@@ -96,14 +98,16 @@ def main(arguments):
         return 0
     if arguments and not arguments[0].startswith("-"):
         command, *options = arguments
-        if command not in COMMANDS:
-            raise Trouble(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+        if command not in COMMANDS and command != "remove":
+            raise Trouble(f"no command {command!r}; there are {', '.join(COMMANDS)}, remove")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends children, too
     home = os.path.expanduser("~")
     if not os.access(home, os.W_OK):  # as for a user of a container whom it does not know
         raise Trouble(
             f"cannot write to your home folder {home}; name another: HOME=folder python3 lab.py"
         )
+    if command == "remove":
+        return remove()
     if not is_installed():
         install()
     lock_environment()
@@ -145,9 +149,7 @@ def lock_environment(alone=False):
     try:
         fcntl.flock(stamp, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Trouble(
-            "a lab is running from .venv, which must be made anew; close it and start again"
-        ) from None
+        raise Trouble("a lab is running from .venv; close it and start again") from None
     except OSError:  # a network drive that knows no locks
         return
 
@@ -212,7 +214,17 @@ def install_packages(uv):
                 environ[pip_name] = environ[uv_name]
         if "PIP_INDEX_URL" in environ:
             environ.setdefault("UV_DEFAULT_INDEX", environ["PIP_INDEX_URL"])
-        pip = [str(PYTHON), "-m", "pip", "install", "--no-deps", "--require-hashes"]
+        # In folders of our own, for `remove` would not empty those that other projects use.
+        environ.setdefault("UV_CACHE_DIR", str(places()[0] / APPLICATION / "uv"))
+        pip = [
+            str(PYTHON),
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--require-hashes",
+            "--no-cache-dir",
+        ]
         watch([*pip, "-r", str(VENV / "uv.txt")], environ)
         installer = [str(PYTHON), "-m", "uv"]
     sync = ["pip", "sync", "--color=never", "--require-hashes", f"--python={PYTHON}", str(LOCK)]
@@ -270,6 +282,35 @@ def watch(command, environ):
                 told = dict.fromkeys([line, *reasons])
                 raise Trouble("{} ({})".format(advice, "; ".join(told)))
     raise Trouble(f"the set-up failed:\n{said}")
+
+
+def places():
+    """Where the kit keeps what it may use again: a folder of this user's, and one of all users."""
+    if os.name == "nt":
+        return Path(os.environ["LOCALAPPDATA"]), Path(os.environ["PUBLIC"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches", Path("/Library/Caches")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"), Path("/var/cache")
+
+
+def remove():
+    """Take away what the kit keeps outside of this folder, and say how much that was."""
+    if INSTALLED.exists():
+        lock_environment(alone=True)
+    total = 0
+    for folder in [folder for place in places() for folder in place.glob(APPLICATION + "*")]:
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        size = sum(path.stat().st_size for path in files)
+        try:
+            shutil.rmtree(folder)
+        except PermissionError as error:  # what root's labs keep
+            raise Trouble(f"cannot remove {folder}: {error.strerror}") from error
+        total += size
+        print(f"{size / 1e6:6.0f} MB  {folder}")
+    print(f"{total / 1e6:6.0f} MB removed. All else is in this folder: {ROOT}")
+    if shutil.which("uv"):
+        print("Packages are in the cache of your uv too, for all your projects: uv cache clean")
+    return 0
 
 
 def check_server():

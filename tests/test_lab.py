@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -24,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import platformdirs
 import psutil
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from nbclient import NotebookClient
 
+from workshop import postgres
 from workshop.kernels import SETTINGS
 
 ROOT = Path(__file__).parents[1]
@@ -318,6 +321,15 @@ def stand_in_wheel(folder: Path) -> Path:
     return path
 
 
+def with_mount(mount: str, *arguments: str) -> tuple[str, ...]:
+    """A command's prefix, by which it sees another file system; skips where that is not allowed."""
+    script = f'mount {mount} && shift {len(arguments)} && exec "$@"'
+    prefix = ("unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *arguments)
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine does not let us change what its programs see")
+    return prefix
+
+
 def with_certificate(certificate: Path) -> tuple[str, ...]:
     """A command's prefix, by which it sees a system that trusts one more certificate."""
     bundle = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -325,11 +337,7 @@ def with_certificate(certificate: Path) -> tuple[str, ...]:
         pytest.skip("the certificates of this system are elsewhere")
     both = certificate.with_name("bundle.pem")
     both.write_bytes(bundle.read_bytes() + certificate.read_bytes())
-    script = f'mount --bind "$0" {bundle} && exec "$@"'
-    prefix = ("unshare", "--map-root-user", "--mount", "sh", "-c", script, str(both))
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
-        pytest.skip("this machine does not let us change what its programs see")
-    return prefix
+    return with_mount(f'--bind "$1" {bundle}', str(both))
 
 
 @pytest.mark.parametrize("has_uv", [True, False])
@@ -495,6 +503,40 @@ def test_home_that_cannot_be_written(lab: Lab) -> None:
     """As a container's user has whom it does not know."""
     assert "HOME=folder python3 lab.py" in one_line(lab.run(HOME="/no/such/folder"))
     lab.assert_nothing_left()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about Linux's folders")
+def test_remove_takes_away_what_is_outside(lab: Lab) -> None:
+    """The templates, the programs that root's server needs, and the packages; nothing of others."""
+    top = lab.folder.parent
+    of_user, of_all, foreign = top / "cache", top / "everybody's", top / "cache/uv"
+    for folder in (of_user / "sqlalchemy-under-load", of_all / "sqlalchemy-under-load", foreign):
+        (folder / "some").mkdir(parents=True)
+        (folder / "some/file").write_bytes(bytes(2_500_000))
+    prefix = with_mount('--bind "$1" /var/cache', str(of_all))
+    environ = {"XDG_CACHE_HOME": str(of_user), "PATH": path(has_uv=False)}
+    status, output, errors = lab.run("remove", prefix=prefix, **environ)
+    assert (status, errors) == (0, "")
+    mine, everybodys, total = output.splitlines()
+    assert mine.split() == ["2", "MB", str(of_user / "sqlalchemy-under-load")]
+    assert everybodys.split() == ["2", "MB", "/var/cache/sqlalchemy-under-load"]
+    assert total.strip() == f"5 MB removed. All else is in this folder: {lab.folder}"
+    assert list(of_user.iterdir()) == [foreign]
+    assert list(of_all.iterdir()) == []
+    assert not lab.venv.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="copies there go with their server")
+def test_remove_looks_where_the_workshop_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workshop asks platformdirs for its folders; lab.py has nothing but the standard library."""
+    for cache in ("", str(tmp_path)):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        places = runpy.run_path(str(ROOT / "lab.py"))["places"]()
+        name = postgres.APPLICATION
+        assert platformdirs.user_cache_path(name, appauthor=False).is_relative_to(places[0] / name)
+        assert platformdirs.site_cache_path(name, appauthor=False) == places[1] / name
 
 
 def test_terminal_is_quiet(installed: Lab, tmp_path: Path) -> None:
