@@ -282,25 +282,30 @@ def test_not_as_root(sandbox: Path) -> None:
     expect_nothing_left(sandbox)
 
 
+def wheel_in(site_packages: Path) -> Path:
+    """The folder of the programs in a copy of the wheel."""
+    wheel = postgres._wheel_folder()
+    if wheel is None:
+        pytest.skip("the wheel with PostgreSQL is not installed")
+    package = wheel.parent.parent
+    for part in (package / "pginstall", package.parent / f"{package.name}.libs"):
+        there = site_packages / part.relative_to(package.parent)
+        shutil.copytree(part, there, ignore=shutil.ignore_patterns("include"))
+    return site_packages / package.name / "pginstall" / "bin"
+
+
 @pytest.mark.parametrize("reason", ["closed", "unkind"])
 def test_programs_that_cannot_be_used_in_place_are_copied(
     reason: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wheel in root's closed home, or below a folder called `$HOME`, works from a copy."""
-    wheel = postgres._wheel_folder()
-    if wheel is None:
-        pytest.skip("the wheel with PostgreSQL is not installed")
     if reason == "closed" and not AS_ROOT:
         pytest.skip("only root has programs that PostgreSQL's user cannot reach")
-    package = wheel.parent.parent
     home = sandbox if reason == "unkind" else Path(tempfile.mkdtemp(dir=sandbox.parent))
-    for part in (package / "pginstall", package.parent / f"{package.name}.libs"):
-        there = home / "site-packages" / part.relative_to(package.parent)
-        shutil.copytree(part, there, ignore=shutil.ignore_patterns("include"))
+    folder = wheel_in(home / "site-packages")
     mode = home.stat().st_mode
     if reason == "closed":
         home.chmod(0o700)
-    folder = home / "site-packages" / package.name / "pginstall" / "bin"
     cache = sandbox.parent / "everybody's"
     monkeypatch.setattr(postgres, "_wheel_folder", lambda: folder)
     monkeypatch.setattr(postgres.platformdirs, "site_cache_path", lambda *_, **__: cache)
@@ -316,14 +321,101 @@ def test_programs_that_cannot_be_used_in_place_are_copied(
     async def try_out() -> None:
         work = sandbox / "tmp" / "cluster"
         work.mkdir(mode=0o700)
-        if account is not None:
-            account.take(work)
         cluster = Cluster(programs, account, work)
         await cluster.initialise("a-password")
         await cluster.start()
         await cluster.stop("immediate")
 
     asyncio.run(try_out())
+
+
+@pytest.fixture
+def unusable_wheel(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one PostgreSQL is a wheel whose programs cannot be used where they are."""
+    folder = wheel_in(sandbox / "$HOME")
+    monkeypatch.setattr(postgres, "_wheel_folder", lambda: folder)
+    monkeypatch.setattr(postgres, "_folders", lambda: iter([folder]))
+
+
+def test_copies_where_everybody_may_write_are_for_one_server(
+    unusable_wheel: None, sandbox: Path, finished_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows: what lies there is not used, and what is written there goes with the server."""
+    public = sandbox.parent / "public"
+    public.mkdir()
+
+    def place(account: postgres.Account | None) -> tuple[Path, bool]:
+        new = Path(tempfile.mkdtemp(dir=public))
+        new.chmod(0o755)
+        return new, False
+
+    monkeypatch.setattr(postgres, "_place_for_copies", place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(finished_cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(sandbox / "tmp"))
+    private = watchdog.Private(1)
+
+    async def open_and_close() -> list[Path]:
+        await private.open()
+        copies = list(public.iterdir())
+        await private.close()
+        return copies
+
+    (copy,) = asyncio.run(open_and_close())
+    assert not copy.exists()
+    assert list((sandbox / "tmp").iterdir()) == []
+    # One that does not work leaves nothing either.
+    monkeypatch.setattr(postgres, "_version", lambda *_: int("not a version"))
+    with pytest.raises(postgres.NoServer, match="not a version"):
+        postgres.find_programs(postgres.unprivileged_account())
+    assert list(public.iterdir()) == []
+
+
+@needs_root
+def test_copies_of_somebody_else_are_not_used(
+    unusable_wheel: None, sandbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, where everybody may make the folder that root would use, or a link to it."""
+    place, planted = sandbox.parent / "everybody's", sandbox.parent / "planted"
+    planted.mkdir()
+    place.symlink_to(planted)
+    os.chown(place, 65534, 65534, follow_symlinks=False)
+    monkeypatch.setattr(postgres.platformdirs, "site_cache_path", lambda *_, **__: place)
+    with pytest.raises(postgres.NoServer, match="belongs to somebody else; remove it"):
+        postgres.find_programs(postgres.unprivileged_account())
+    assert list(planted.iterdir()) == []
+
+
+@needs_root
+def test_root_follows_no_link_that_its_servers_user_has_planted(
+    sandbox: Path, finished_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the user whom PostgreSQL runs as belongs what is in `data`, and nothing beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(finished_cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(sandbox / "tmp"))
+    account = postgres.unprivileged_account()
+    assert account is not None
+    precious = sandbox.parent / "precious"
+    precious.write_text("root's")
+    private = watchdog.Private(1)
+    asyncio.run(private.open())
+    assert private.folder is not None and private.cluster is not None
+    owners = {path.name: path.stat().st_uid for path in private.folder.iterdir()}
+    assert owners == {"data": account.uid, "server.log": account.uid, "program.log": 0}
+    for name in ("program.log", "server.log", "password"):
+        link = ["ln", "-sfn", str(precious), str(private.folder / name)]
+        planted = subprocess.run(link, capture_output=True, text=True, **postgres._run_as(account))
+        assert "Permission denied" in planted.stderr
+    asyncio.run(private.cluster.stop())
+    asyncio.run(private.cluster.start())
+    asyncio.run(private.close())
+    assert precious.read_text() == "root's"
+
+
+@needs_posix
+def test_templates_password_is_for_its_owner_alone(finished_cache: Path) -> None:
+    (template,) = (finished_cache / "sqlalchemy-under-load").iterdir()
+    assert {path.name for path in template.iterdir()} == {"data", "password"}
+    assert (template / "password").stat().st_mode & 0o777 == 0o600
 
 
 # --- ending ---------------------------------------------------------------------------------
@@ -484,8 +576,6 @@ def strangers_server() -> Iterator[str]:
     account = postgres.unprivileged_account()
     programs = postgres.find_programs(account)
     folder = Path(tempfile.mkdtemp(dir=postgres.place_for(account)))
-    if account is not None:
-        account.take(folder)
     cluster = Cluster(programs, account, folder)
 
     async def begin() -> None:

@@ -6,6 +6,7 @@ Neither Docker nor administrator rights are needed, and no PostgreSQL of the mac
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
 import shutil
@@ -34,17 +35,17 @@ PARTIAL = "partial-"
 # What a server for one learner and one afternoon needs. Its data are thrown away at the end, so
 # nothing has to survive a power cut; a commit still does everything else that a commit does.
 SETTINGS = {
-    "listen_addresses": "'127.0.0.1'",
-    "unix_socket_directories": "''",
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
     "max_connections": "200",
     "synchronous_commit": "off",
     "fsync": "off",
     # Lets COPY into a new table write no log: half the time, and a small template.
     "wal_level": "minimal",
     "max_wal_senders": "0",
-    "password_encryption": "'scram-sha-256'",
-    "timezone": "'UTC'",
-    "log_timezone": "'UTC'",
+    "password_encryption": "scram-sha-256",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
 }
 
 
@@ -61,9 +62,19 @@ class Account:
     gid: int
 
     def take(self, path: Path) -> None:
-        """Make this user the owner of a file or folder."""
+        """Make this user the owner of a file or folder.
+
+        From then on nothing may be read or written in that folder as root, who would follow a
+        symbolic link that this user, or a program that runs as it, has put there.
+        """
         if sys.platform != "win32":
-            os.chown(path, self.uid, self.gid)
+            os.chown(path, self.uid, self.gid, follow_symlinks=False)
+
+    def admit(self, folder: Path) -> None:
+        """Let this user enter a folder that stays ours."""
+        if sys.platform != "win32":
+            os.chown(folder, -1, self.gid)
+            folder.chmod(0o750)
 
     def may_enter(self, folder: Path) -> bool:
         """Whether the permissions of the folder and all its parents let this user pass."""
@@ -82,10 +93,14 @@ class Account:
 
 @dataclass(frozen=True)
 class Programs:
-    """A folder with PostgreSQL's programs, and the version that they answered."""
+    """A folder with PostgreSQL's programs, and the version that they answered.
+
+    `temporary` is what has to be removed after use, where they are a copy for one server.
+    """
 
     folder: Path
     version: str
+    temporary: Path | None = None
 
 
 def unprivileged_account() -> Account | None:
@@ -112,11 +127,16 @@ def find_programs(account: Account | None = None) -> Programs:
     for folder in _folders():
         if not all(os.path.exists(_program(folder, program)) for program in PROGRAMS):
             continue
+        temporary = None
         try:
             if folder == _wheel_folder() and not _works_in_place(folder, account):
-                folder = _copied(folder, account)
-            return Programs(folder, _version(folder, account))
+                place, is_kept = _place_for_copies(account)
+                temporary = None if is_kept else place
+                folder = _copied(folder, place)
+            return Programs(folder, _version(folder, account), temporary)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
+            if temporary is not None:
+                shutil.rmtree(temporary)
             reasons.append(f"{folder}: {error}")
     if reasons:
         raise NoServer("no PostgreSQL that was found works here: " + "; ".join(reasons))
@@ -207,14 +227,23 @@ def _works_in_place(folder: Path, account: Account | None) -> bool:
     return account is None or account.may_enter(folder)
 
 
-def _copied(folder: Path, account: Account | None) -> Path:
-    """A copy of the wheel's programs in a place that everybody can read, made once."""
+def _place_for_copies(account: Account | None) -> tuple[Path, bool]:
+    """A folder for copies of the programs, and whether they are kept there for the next server."""
     if ON_WINDOWS:
-        place = Path(os.environ.get("PUBLIC", r"C:\Users\Public")) / APPLICATION
-    elif account is not None:
-        place = platformdirs.site_cache_path(APPLICATION, appauthor=False)
-    else:
-        place = platformdirs.user_cache_path(APPLICATION, appauthor=False)
+        # Everybody may write there, so nothing is used but what was just written.
+        public = os.environ.get("PUBLIC", r"C:\Users\Public")
+        return Path(tempfile.mkdtemp(prefix=f"{APPLICATION}-", dir=public)), False
+    if account is None:
+        return platformdirs.user_cache_path(APPLICATION, appauthor=False), True
+    place = platformdirs.site_cache_path(APPLICATION, appauthor=False)
+    place.mkdir(parents=True, exist_ok=True)
+    if place.lstat().st_uid != os.geteuid():  # a link, too: on macOS everybody may write there
+        raise PermissionError(errno.EPERM, "belongs to somebody else; remove it", str(place))
+    return place, True
+
+
+def _copied(folder: Path, place: Path) -> Path:
+    """A copy of the wheel's programs that everybody can read, made once in each place."""
     package = folder.parent.parent
     stamp = Path(_program(folder, "postgres")).stat()
     target = place / f"programs-{stamp.st_size}-{int(stamp.st_mtime)}"
@@ -234,6 +263,12 @@ def _copied(folder: Path, account: Account | None) -> Path:
                 path.chmod(mode | (0o555 if mode & 0o100 else 0o444))
             move_into_place(tree, target)
     return target / package.name / "pginstall" / "bin"
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write a new file that its owner alone can read."""
+    path.touch(mode=0o600, exist_ok=False)
+    path.write_text(secret, encoding="ascii")
 
 
 def move_into_place(made: Path, target: Path) -> None:
@@ -257,22 +292,20 @@ def copy_tree(
 
     With `sync` the bytes are on the disk when this returns, as a copy needs that others trust.
     """
-
     for name, _, files in os.walk(source):
         into = target / Path(name).relative_to(source)
         into.mkdir(mode=0o700)
-        if account is not None:
-            account.take(into)
         for file in files:
             if stop.is_set():
                 return
             path = into / file
-            shutil.copyfile(Path(name) / file, path)
-            if account is not None:
-                account.take(path)
-            if sync:
+            shutil.copyfile(Path(name) / file, path, follow_symlinks=False)
+            if sync and not path.is_symlink():
                 with open(path, "rb+") as written:
                     os.fsync(written)
+    if account is not None:
+        for path in (*target.rglob("*"), target):  # the folder itself last: until then it is ours
+            account.take(path)
 
 
 def place_for(account: Account | None) -> Path:
@@ -299,6 +332,8 @@ async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
 class Cluster:
     """A PostgreSQL server with all its files in one folder, on 127.0.0.1 and a free port.
 
+    The folder is ours; to an `account` belongs what is in `data`, and nothing else.
+
     Every program runs inside the folder and is given relative names, for initdb and pg_ctl hand
     names to a shell, which a quote or a dollar sign in the folder's own name would confuse.
 
@@ -311,8 +346,11 @@ class Cluster:
         self.account = account
         self.folder = folder
         self.data = folder / "data"
+        self.log = folder / "server.log"
         self.port = 0
         self.running = False
+        if account is not None:
+            account.admit(folder)
 
     def url(self, password: str, database: str = DATABASE) -> str:
         """The address for SQLAlchemy."""
@@ -336,34 +374,35 @@ class Cluster:
 
     async def _initialise(self, password: str) -> None:
         pwfile = self.folder / "password"
-        pwfile.write_text(password, encoding="ascii")
+        write_secret(pwfile, password)
         if self.account is not None:
             self.account.take(pwfile)
+            self.data.mkdir(mode=0o700)
+            self.account.take(self.data)
         # Locale names of Windows make initdb fail, hence C. -N: nothing here survives a power cut.
         await self._run(
             *("initdb", "-D", "data", "-N", "-U", USER, "--pwfile=password"),
             *("--auth=scram-sha-256", "--locale=C", "-E", "UTF8"),
         )
         pwfile.unlink()
-        settings = "".join(f"{name} = {value}\n" for name, value in SETTINGS.items())
-        configuration = self.data / "postgresql.conf"
-        configuration.write_text(configuration.read_text(encoding="utf-8") + settings, "utf-8")
 
     async def _start(self) -> None:
-        log = self.folder / "server.log"
+        settings = " ".join(f"-c {name}={value}" for name, value in SETTINGS.items())
         # Another program can take the free port before the server does; a fifth time it is not
         # chance any more.
         for attempt in range(1, 6):
             self.port = _free_port()
+            self.log.write_bytes(b"")
+            if self.account is not None:
+                self.account.take(self.log)
             try:
                 await self._run(
-                    *("pg_ctl", "start", "-D", "data", "-l", "server.log", "-w", "-t", "60"),
-                    *("-o", f"-p {self.port}"),
+                    *("pg_ctl", "start", "-D", "data", "-l", self.log.name, "-w", "-t", "60"),
+                    *("-o", f"-p {self.port} {settings}"),
                 )
             except NoServer:
-                said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+                said = self.log.read_text(encoding="utf-8", errors="replace")
                 if "could not create any TCP/IP sockets" in said and attempt < 5:
-                    log.unlink()
                     continue
                 raise NoServer(f"PostgreSQL does not start: {_last_line(said)}") from None
             self.running = True

@@ -80,6 +80,7 @@ class Private:
     def __init__(self, scale: int) -> None:
         self.scale = scale
         self.folder: Path | None = None
+        self.programs: postgres.Programs | None = None
         self.cluster: postgres.Cluster | None = None
         self.cache = platformdirs.user_cache_path(postgres.APPLICATION, appauthor=False)
 
@@ -87,7 +88,7 @@ class Private:
         """Make the folder, start the database in it, and say where it is."""
         try:
             account = postgres.unprivileged_account()
-            programs = postgres.find_programs(account)
+            programs = self.programs = postgres.find_programs(account)
             url = await self._start(programs, account)
         except postgres.NoServer as error:
             if "No space left" in str(error):
@@ -101,9 +102,11 @@ class Private:
             if self.cluster is not None:
                 await self.cluster.stop("immediate")
         finally:
-            if self.folder is not None:
-                _remove(self.folder)
-            self.cluster = self.folder = None
+            temporary = self.programs.temporary if self.programs is not None else None
+            for folder in (self.folder, temporary):
+                if folder is not None:
+                    _remove(folder)
+            self.cluster = self.folder = self.programs = None
 
     def _make_folder(self, account: postgres.Account | None) -> Path:
         place = postgres.place_for(account)
@@ -115,18 +118,15 @@ class Private:
                 f"needs {wanted // 10**6} MB. Make room, or let TMPDIR name a larger place."
             )
         self.folder = Path(tempfile.mkdtemp(prefix=f"{postgres.APPLICATION}-", dir=place))
-        if account is not None:
-            account.take(self.folder)
         return self.folder
 
     async def _start(self, programs: postgres.Programs, account: postgres.Account | None) -> str:
         folder = self._make_folder(account)
         cluster = self.cluster = postgres.Cluster(programs, account, folder)
         template = self.cache / f"postgresql-{programs.version}-{edition(self.scale)}"
-        note = cluster.data / "template-password"
         if self._has(template):
-            await _copy(template, cluster.data, account=account)
-            password = note.read_text(encoding="ascii")
+            await _copy(template / "data", cluster.data, account=account)
+            password = (template / "password").read_text(encoding="ascii")
         else:
             password = secrets.token_urlsafe(24)
             await cluster.initialise(password)
@@ -147,9 +147,7 @@ class Private:
                     f"DROP DATABASE {name}",
                 )
             await cluster.stop()
-            note.write_text(password, encoding="ascii")
-            await self._keep_as(template, cluster.data)
-        note.unlink()
+            await self._keep_as(template, cluster.data, password)
         await cluster.start()
         # The template's password lies in the cache for weeks; each server gets its own.
         fresh = secrets.token_urlsafe(24)
@@ -166,13 +164,16 @@ class Private:
         tempfile.TemporaryFile(dir=self.cache).close()
         return False
 
-    async def _keep_as(self, template: Path, data: Path) -> None:
+    async def _keep_as(self, template: Path, data: Path, password: str) -> None:
         """Keep a stopped database as a template: all of it, or nothing under that name."""
         _sweep(self.cache)
         partial = Path(tempfile.mkdtemp(prefix=postgres.PARTIAL, dir=self.cache))
         try:
-            await _copy(data, partial / "data", sync=True)
-            postgres.move_into_place(partial / "data", template)
+            tree = partial / "tree"
+            tree.mkdir(mode=0o700)
+            await _copy(data, tree / "data", sync=True)
+            postgres.write_secret(tree / "password", password)
+            postgres.move_into_place(tree, template)
         finally:
             shutil.rmtree(partial)
 
