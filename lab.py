@@ -1,8 +1,9 @@
 """Set the workshop up, open it, prove it. Needs Python 3.11 to 3.14 and nothing else.
 
-python3 lab.py [JupyterLab options]     set up what is missing, and open lesson 00
+python3 lab.py [JupyterLab options]     set up what is missing, and open my_notebooks at lesson 00
 python3 lab.py progress                 show which tasks of the exercises are done
 python3 lab.py reset NN ...             bring exercises back as they were; your versions are kept
+python3 lab.py reset --lesson NN ...    the same for lessons
 python3 lab.py run [NN ...]             run lessons without a browser, into the folder executed
 python3 lab.py doctor                   rehearse: will everything work on this machine?
 python3 lab.py bench                    measure the instruments themselves
@@ -40,17 +41,6 @@ INSTALLED = VENV / "installed.stamp"  # written last: an environment without it 
 SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
-FIRST_LESSON = "/lab/tree/notebooks/00_start_here.ipynb"
-# The package rfc3987_syntax builds a grammar when it is imported, half of JupyterLab's start-up
-# time, for a check of international URLs that nothing here asks for. jsonschema does without it.
-JUPYTERLAB = """
-import sys
-from workshop.kernels import ENCRYPTION
-sys.modules["rfc3987_syntax"] = None
-sys.argv.insert(1, f"--MappingKernelManager.transport_encryption={ENCRYPTION}")
-from jupyterlab.labapp import main
-main()
-"""
 COMMANDS = {
     "test": ["pytest"],
     "run": ["workshop.notebooks", "run"],
@@ -59,7 +49,7 @@ COMMANDS = {
     "bench": ["workshop.bench"],
     "matrix": ["workshop.matrix"],
     "progress": ["workshop.progress"],
-    "reset": ["workshop.generator"],
+    "reset": ["workshop.copies"],
 }
 # What uv or pip say of a certificate that none of those they trust has signed, as where a company
 # inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since
@@ -113,7 +103,7 @@ def main(arguments):
     lock_environment()
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
-    return check_server() or open_jupyterlab(options)
+    return check_server() or hand_over(["-m", "workshop.jupyter", *options])
 
 
 def fingerprint():
@@ -322,15 +312,6 @@ def check_server():
     if status == 0 and not is_given:
         SERVER_CHECKED.touch()
     return status
-
-
-def open_jupyterlab(options):
-    print("JupyterLab starts. Ctrl-C here ends it, and all that it runs.")
-    defaults = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={FIRST_LESSON}"]
-    defaults.append("--Application.log_level=ERROR")  # a learner can do nothing about the rest
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
-    return hand_over(["-c", JUPYTERLAB, *defaults, *options])
 
 
 def hand_over(arguments):

@@ -15,8 +15,6 @@ import pytest
 from environments import ROOT, run_uv
 
 from workshop.database import Server, start_server
-from workshop.exercises import EXERCISES
-from workshop.generator import is_as_made
 
 # What it tests came with Python 3.14; it is not a test of what an older one has.
 collect_ignore = [] if hasattr(asyncio, "capture_call_graph") else ["test_call_graph.py"]
@@ -46,18 +44,6 @@ def _skip_on_uvloop(request: pytest.FixtureRequest) -> None:
     marker = request.node.get_closest_marker("asyncios_loop")
     if marker and request.config.getoption("--loop") == "uvloop":
         pytest.skip(marker.args[0])
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the exercises that a learner has worked on: they are his, and need not say what ours say."""
-    if os.environ.get("CI") == "true":
-        return
-    worked_on = {path for path in EXERCISES.glob("*.ipynb") if not is_as_made(path)}
-    for item in items:
-        about = getattr(item, "callspec", None)
-        if item.path in worked_on or (about and about.params.get("path") in worked_on):
-            reason = "has been worked on; `python3 lab.py reset NN` brings it back"
-            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -355,10 +355,7 @@ def exercise_path(number: str) -> Path:
 
 @each_exercise
 def test_an_exercise_is_what_its_solution_makes(number: str) -> None:
-    path = exercise_path(number)
-    if os.environ.get("CI") != "true" and not generator_module.is_as_made(path):
-        pytest.skip(f"{path.name} has been worked on; `python3 lab.py reset {number}` undoes that")
-    assert generator_module.is_as_made(path)
+    assert generator_module.is_as_made(exercise_path(number))
 
 
 @each_exercise
@@ -421,11 +418,10 @@ def test_each_task_has_its_cells(number: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what progress and resets need."""
+    """A copy of what progress needs."""
     for name in ("workshop", "ormscope", "solutions", "exercises"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("kept", "progress.json")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "my_notebooks").mkdir()
     return tmp_path
 
 
@@ -436,41 +432,6 @@ def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,
         text=True,
-    )
-
-
-def sources(path: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(path, as_version=4).cells]
-
-
-def test_reset_keeps_the_version_of_the_learner(checkout: Path) -> None:
-    """Each under a name of its own, also what is no notebook any more."""
-    path = checkout / "exercises" / exercise_path("01").name
-    as_made = sources(path)
-    versions = [path.read_bytes().replace(b"place_order", b"put_order"), b'{"cells": [', b""]
-    for number, version in enumerate(versions, 1):
-        path.write_bytes(version)
-        done = run(checkout, "workshop.generator", "1")
-        assert (done.returncode, done.stderr) == (0, "")
-        kept = sorted((checkout / "exercises" / "kept").iterdir())
-        assert len(kept) == number
-        assert [version for version in kept if version.name in done.stdout]
-        assert sources(path) == as_made
-    assert sorted(version.read_bytes() for version in kept) == sorted(versions)
-    done = run(checkout, "workshop.generator", "01")
-    assert done.stdout == f"exercises/{path.name} is as it was made.\n"
-
-
-def test_reset_of_an_exercise_that_is_gone_or_never_was(checkout: Path) -> None:
-    path = checkout / "exercises" / exercise_path("01").name
-    path.unlink()
-    assert run(checkout, "workshop.generator", "01").returncode == 0
-    assert path.exists()
-    done = run(checkout, "workshop.generator", "42")
-    known = ", ".join(exercises.numbers())
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"There is no exercise 42; there are {known}.\n",
     )
 
 
@@ -494,14 +455,10 @@ def test_progress(checkout: Path) -> None:
         return lines[0].split()[-1], lines[-1]
 
     nothing, first = f"0 of {total} tasks done", f"1 of {total} tasks done"
-    assert after("exercises", "not attempted", "stopped") == ("open", nothing)
+    assert after("my_notebooks", "not attempted", "stopped") == ("open", nothing)
     assert after("solutions", "right") == ("open", nothing)
-    assert after("exercises", "raised", "wrong") == ("tried", nothing)
-    assert after("exercises", "right", "wrong") == ("done", first)
-    (checkout / "exercises" / "progress.json").write_text('{"01": {', "utf-8")
-    assert after("exercises", "stopped") == ("open", nothing)
-
-
-def test_progress_and_kept_versions_are_ignored_by_git() -> None:
-    for path in ("exercises/progress.json", "exercises/kept/01_pool_starvation.ipynb"):
-        assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT).returncode == 0
+    assert after("exercises", "right") == ("open", nothing)
+    assert after("my_notebooks", "raised", "wrong") == ("tried", nothing)
+    assert after("my_notebooks", "right", "wrong") == ("done", first)
+    (checkout / "my_notebooks" / "progress.json").write_text('{"01": {', "utf-8")
+    assert after("my_notebooks", "stopped") == ("open", nothing)

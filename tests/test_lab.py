@@ -593,7 +593,7 @@ def start_jupyterlab(lab: Lab) -> float:
     seconds = time.monotonic() - started
     process.terminate()
     _, errors = process.communicate(timeout=15)
-    assert "/lab/tree/notebooks/00_start_here.ipynb?token=" in errors
+    assert "/lab/tree/my_notebooks/00_start_here.ipynb?token=" in errors
     lab.assert_nothing_runs()
     return seconds
 

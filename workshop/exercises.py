@@ -16,6 +16,7 @@ from pathlib import Path
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent
+MY_NOTEBOOKS = ROOT / "my_notebooks"  # the learner's copies, see workshop.copies
 SOLUTIONS, EXERCISES = ROOT / "solutions", ROOT / "exercises"
 SOLUTION_TAG, TASK_TAG = "solution", "task-"
 

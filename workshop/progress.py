@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from workshop.exercises import EXERCISES, numbers, task_names
+from workshop.exercises import MY_NOTEBOOKS, numbers, task_names
 
-PROGRESS = EXERCISES / "progress.json"
+PROGRESS = MY_NOTEBOOKS / "progress.json"
 
 
 def is_done(exercise: str, task: str) -> bool:
@@ -17,8 +17,8 @@ def is_done(exercise: str, task: str) -> bool:
 
 
 def note(exercise: str, task: str, kind: str) -> None:
-    """Remember what came of a try, where it was made in the learner's own exercise; what is right stays right."""
-    if Path.cwd() != EXERCISES or kind not in ("right", "wrong", "raised"):
+    """Remember what came of a try, where it was made in the learner's own notebooks; what is right stays right."""
+    if Path.cwd() != MY_NOTEBOOKS or kind not in ("right", "wrong", "raised"):
         return
     kinds = _kinds()
     if kinds.get(exercise, {}).get(task) == "right":

@@ -1,0 +1,32 @@
+"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from workshop import copies
+from workshop.exercises import MY_NOTEBOOKS, ROOT
+
+FIRST_LESSON = f"/lab/tree/{MY_NOTEBOOKS.name}/00_start_here.ipynb"
+
+
+def main() -> None:
+    """Make the copies, then be JupyterLab, with the options of the command line."""
+    try:
+        copies.prepare()
+    except OSError as error:
+        sys.exit(f"lab.py: cannot write {MY_NOTEBOOKS.name}: {error}")
+    defaults = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={FIRST_LESSON}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
+    # This package builds a grammar when it is imported, half of JupyterLab's start-up time, for a
+    # check of international URLs that nothing here asks for. jsonschema does without it.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+    from jupyterlab.labapp import main as jupyterlab
+
+    jupyterlab([*defaults, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
