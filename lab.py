@@ -21,7 +21,6 @@ UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -224,14 +223,10 @@ def install_packages(uv):
 
 
 def add_checkout():
-    """Make the checkout's packages importable, and JupyterLab silent about its news."""
+    """Make the checkout's packages importable."""
     site_packages = sysconfig.get_path("purelib", "venv", {"base": str(VENV)})
     # Relative, hence ASCII: .pth files are read in an encoding that may lack this folder's name.
     Path(site_packages, "workshop.pth").write_text(os.path.relpath(ROOT, site_packages) + "\n")
-    settings = VENV / "share/jupyter/lab/settings/overrides.json"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    no_news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
-    settings.write_text(json.dumps(no_news))
 
 
 def watch(command, environ):

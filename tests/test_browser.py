@@ -22,8 +22,8 @@ from leftovers import assert_nothing_is_left, await_that
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-LESSON = ROOT / "notebooks" / "01_pool_starvation.ipynb"
-EXERCISE = ROOT / "exercises" / "01_pool_starvation.ipynb"
+LESSON = "01_pool_starvation.ipynb"
+EXERCISE = "01b_exercise.ipynb"
 TOKEN = "browser-test"
 PROJECTOR = {"width": 1280, "height": 720}
 PATIENCE = 60_000  # milliseconds for what has to come, on a busy machine
@@ -42,7 +42,6 @@ CHROMIUM_OPTIONS = [
 # Every cell is drawn, also those that are scrolled out of sight.
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"fetchNews": "false"},
     "docmanager-extension/plugin": {"autosave": False},
 }
 # Notes each new picture in the output of a cell, and when its prompt stops being [*].
@@ -86,13 +85,14 @@ def browser() -> Iterator[Browser]:
 
 
 class JupyterLab:
-    """A JupyterLab of its own on a copy of one notebook, with nobody's settings."""
+    """JupyterLab as lab.py opens it, in a checkout of its own, on the learner's copy of one notebook."""
 
-    def __init__(self, sandbox: Path, notebook: Path) -> None:
+    def __init__(self, sandbox: Path, notebook: str) -> None:
         self.temporary = sandbox / "tmp"
-        self.lesson = sandbox / "lessons" / notebook.name
-        self.lesson.parent.mkdir()
-        shutil.copy(notebook, self.lesson)
+        self.checkout = sandbox / "checkout"
+        for folder in ("workshop", "ormscope", "data", "notebooks", "exercises", "solutions"):
+            shutil.copytree(ROOT / folder, self.checkout / folder)
+        self.lesson = self.checkout / "my_notebooks" / notebook
         for name, setting in SETTINGS.items():
             path = sandbox / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,13 @@ class JupyterLab:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+                    *(sys.executable, "-m", "workshop.jupyter", "--no-browser"),
                     *("--ip=127.0.0.1", "--port=0", f"--IdentityProvider.token={TOKEN}"),
-                    f"--ServerApp.root_dir={self.lesson.parent}",
                 ],
+                cwd=self.checkout,
                 env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
                 | {
+                    "PYTHONPATH": str(self.checkout),
                     "TMPDIR": str(self.temporary),
                     "JUPYTER_CONFIG_DIR": str(sandbox / "configuration"),
                     "JUPYTER_RUNTIME_DIR": str(runtime),
@@ -119,6 +120,7 @@ class JupyterLab:
                 stderr=log,
             )
         self._information = runtime / f"jpserver-{self.process.pid}.json"
+        assert await_that(self.is_listening, PATIENCE / 1000), self.log.read_text("utf-8")
 
     def is_listening(self) -> bool:
         """Whether it answers. It says where before it does, and not in one stroke."""
@@ -132,9 +134,9 @@ class JupyterLab:
 
     @property
     def url(self) -> str:
-        """The address of the lesson, once the server listens."""
-        assert await_that(self.is_listening, PATIENCE / 1000), self.log.read_text("utf-8")
-        return f"http://127.0.0.1:{self.port}/lab/tree/{self.lesson.name}?token={TOKEN}"
+        """The address of the lesson."""
+        path = self.lesson.relative_to(self.checkout).as_posix()
+        return f"http://127.0.0.1:{self.port}/lab/tree/{path}?token={TOKEN}"
 
     def stop(self) -> None:
         """End it as a closed terminal or `kill` does; it ends its kernels."""
@@ -193,6 +195,13 @@ def seen(page: Page) -> dict[str, Any]:
     return noted
 
 
+def screenshots(tmp_path: Path) -> Path:
+    """The folder for pictures of the screen."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def take_screenshots(page: Page, theme: str, folder: Path) -> None:
     """Each output that has a picture in it, as it stands on the screen."""
     outputs = page.locator(".jp-OutputArea-output img")
@@ -207,7 +216,6 @@ def test_lesson_runs_from_first_to_last_cell(
     """Run All: the picture moves while its cell runs, all cells end well, the verdict is there."""
     stored = nbformat.read(jupyterlab.lesson, as_version=4)
     open_lesson(page, jupyterlab)
-    choose(page, "Edit", "Clear Outputs of All Cells")
     expect(page.locator(".jp-OutputArea-output")).to_have_count(0)
 
     starved = cell_with(page, jupyterlab, "starved = observe(")
@@ -228,14 +236,32 @@ def test_lesson_runs_from_first_to_last_cell(
     verdict = cell_with(page, jupyterlab, "print(starved.verdict())")
     expect(verdict.locator(".jp-OutputArea-output")).to_contain_text("DEADLOCK in pool")
 
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = screenshots(tmp_path)
     for theme in ("Light", "Dark"):
         choose(page, "Settings", "Theme", f"JupyterLab {theme}")
         expect(page.locator("body")).to_have_attribute(
             "data-jp-theme-light", str(theme == "Light").lower()
         )
         take_screenshots(page, theme.lower(), folder)
+
+
+def test_nothing_is_told_before_it_is_run(
+    page: Page, jupyterlab: JupyterLab, tmp_path: Path
+) -> None:
+    """No output; line numbers, for messages name lines; links from copy to copy, each in a tab of its own name."""
+    open_lesson(page, jupyterlab)
+    expect(page.locator(".jp-OutputArea-output")).to_have_count(0)
+    prediction = cell_with(page, jupyterlab, "my_prediction = None")
+    expect(prediction.locator(".cm-lineNumbers")).to_be_visible()
+    prediction.scroll_into_view_if_needed()
+    page.screenshot(path=screenshots(tmp_path) / "lesson_01_prediction.png")
+
+    link = page.get_by_role("link", name="Exercise 01")
+    link.click()
+    tabs = page.locator("#jp-main-dock-panel .lm-TabBar-tabLabel")
+    expect(tabs).to_have_text([LESSON, EXERCISE])
+    expect(page.locator(".jp-OutputArea-output:visible")).to_have_count(0)
+    page.screenshot(path=screenshots(tmp_path) / "exercise_01_opened.png")
 
 
 def test_stop_button_ends_a_starved_cell(page: Page, jupyterlab: JupyterLab) -> None:
@@ -246,7 +272,6 @@ def test_stop_button_ends_a_starved_cell(page: Page, jupyterlab: JupyterLab) -> 
     # So that it is certainly the button that ends the run.
     jupyterlab.lesson.write_text(source.replace(starved, starved.replace("3", "60")), "utf-8")
     open_lesson(page, jupyterlab)
-    choose(page, "Edit", "Clear Outputs of All Cells")
 
     cell = cell_with(page, jupyterlab, "starved = observe(")
     cell.locator(".jp-InputArea-editor").click()
@@ -295,7 +320,6 @@ def test_exercise_from_the_first_run_to_the_proof(
 ) -> None:
     """Unsolved, then a wrong answer and its misconception, then a right one and its proof; nothing else is needed."""
     open_lesson(page, jupyterlab)
-    choose(page, "Edit", "Clear Outputs of All Cells")
     choose(page, "Run", "Run All Cells")
     check = cell_with(page, jupyterlab, "check.reuse_the_session(")
     output = check.locator(".jp-OutputArea-output")
@@ -306,8 +330,7 @@ def test_exercise_from_the_first_run_to_the_proof(
     expect(expected).to_have_attribute("alt", re.compile(r"^as given\. .* yours\. "))
     assert expected.evaluate("image => image.naturalWidth") > 800
 
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = screenshots(tmp_path)
     function = cell_with(page, jupyterlab, "async def place_order(")
     for name, answer, first, then in (
         (

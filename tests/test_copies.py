@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 from workshop import copies
 
 ROOT = Path(__file__).parents[1]
-LESSON, EXERCISE = "01_pool_starvation.ipynb", "01_pool_starvation_exercise.ipynb"
+LESSON, EXERCISE = "01_pool_starvation.ipynb", "01b_exercise.ipynb"
 PREPARE = "from workshop import copies; copies.prepare()"
 
 
@@ -203,17 +203,19 @@ def test_reset_of_what_is_not_there(arguments: list[str], known: str, checkout: 
 
 
 def test_a_lesson_with_another_name_leaves_no_copy_of_the_old_one(checkout: Path) -> None:
-    """Unless it was worked on."""
+    """Unless it was worked on; and what a learner has made there is none of ours."""
     prepare(checkout)
     folder = checkout / "my_notebooks"
-    edit(folder / EXERCISE, add_sentence)
+    worked_on = "02_feeding_the_pool.ipynb"
+    edit(folder / worked_on, add_sentence)
     (folder / "scratch.ipynb").write_text("{}", "utf-8")
-    for name in ("notebooks", "exercises"):
-        (checkout / name / LESSON).rename(checkout / name / "01_another_name.ipynb")
+    for name in (LESSON, worked_on):
+        path = checkout / "notebooks" / name
+        path.rename(path.with_name(f"{name[:2]}_another_name.ipynb"))
     prepare(checkout)
     found = {path.name for path in folder.glob("*.ipynb")}
-    assert {"01_another_name.ipynb", "01_another_name_exercise.ipynb"} <= found
-    assert {EXERCISE, "scratch.ipynb"} <= found
+    assert {"01_another_name.ipynb", "02_another_name.ipynb", "scratch.ipynb"} <= found
+    assert worked_on in found
     assert LESSON not in found
 
 

@@ -34,7 +34,7 @@ def copies() -> dict[Path, Path]:
     """The copy of each lesson and each exercise, by the path of what is stored."""
     lessons = {path: MY_NOTEBOOKS / path.name for path in sorted(LESSONS.glob("[0-9]*.ipynb"))}
     exercises = {
-        path: MY_NOTEBOOKS / f"{path.stem}_exercise.ipynb"
+        path: MY_NOTEBOOKS / f"{path.name[:2]}b_exercise.ipynb"
         for path in sorted(EXERCISES.glob("[0-9]*.ipynb"))
     }
     return lessons | exercises

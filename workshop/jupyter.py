@@ -8,6 +8,7 @@ import sys
 from workshop import copies
 from workshop.exercises import MY_NOTEBOOKS, ROOT
 
+SETTINGS = ROOT / "workshop" / "jupyterlab_settings"  # the learner's own go before these
 FIRST_LESSON = f"/lab/tree/{MY_NOTEBOOKS.name}/00_start_here.ipynb"
 
 
@@ -17,7 +18,11 @@ def main() -> None:
         copies.prepare()
     except OSError as error:
         sys.exit(f"lab.py: cannot write {MY_NOTEBOOKS.name}: {error}")
-    defaults = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={FIRST_LESSON}"]
+    defaults = [
+        f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.default_url={FIRST_LESSON}",
+        f"--LabApp.app_settings_dir={SETTINGS}",
+    ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
     # This package builds a grammar when it is imported, half of JupyterLab's start-up time, for a
