@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ormscope.activity import Activity
 from ormscope.places import NOWHERE, Place, own_line
@@ -138,6 +138,10 @@ class Verdict(Snapshot):
 
     def __str__(self) -> str:
         return "\n".join(_REPORTS[self.cause](self))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What a notebook shows for it where it is not printed."""
+        printer.text(str(self))
 
 
 def judge(snapshot: Snapshot) -> Verdict:

@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from leftovers import await_that, has_ended
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -24,6 +27,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from ormscope.lab import Recording, observe, storm
 from ormscope.lab.observe import InstrumentError, WorkloadError
 from ormscope.lab.picture import _thinned
+from ormscope.lab.sending import UnsendableError
 from workshop.database import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,15 +126,170 @@ def test_an_exception_that_cannot_travel_is_told_as_text() -> None:
         observe(prints_and_fails, "local")
 
 
-def test_an_open_engine_is_refused_in_one_clear_line(server: Server) -> None:
-    engine = create_async_engine(server.url)
+# Mistakes: each is told in one line that says what to do
 
-    async def uses_a_global_engine() -> None:
-        async with engine.connect():
-            pass
 
-    with pytest.raises(ValueError, match="create the engine, the sessions"):
-        observe(uses_a_global_engine)
+def refused(workload: Any, *arguments: Any, **options: Any) -> str:
+    """The one line that a notebook shows for what cannot be run."""
+    with pytest.raises(UnsendableError) as caught:
+        observe(workload, *arguments, live=False, **options)
+    (line,) = caught.value._render_traceback_()  # type: ignore[attr-defined]
+    assert line == str(caught.value)
+    return str(line)
+
+
+async def rush(count: int = 1) -> int:
+    return count
+
+
+async def stream() -> AsyncIterator[int]:
+    yield 1
+
+
+def in_a_cell(source: str, **known: Any) -> dict[str, Any]:
+    """What a cell of a notebook defines, among names that other cells have given."""
+    namespace: dict[str, Any] = {"__name__": "__main__", **known}
+    exec(textwrap.dedent(source), namespace)
+    return namespace
+
+
+USES_GLOBALS = """
+def inner():
+    return [(lambda: {name})() for _ in range(1)]
+
+async def workload():
+    return inner()
+"""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_instead_of_the_function_is_refused() -> None:
+    line = refused(rush())
+    assert line.startswith("pass the function, not its result: observe(rush), not observe(rush())")
+    assert refused(stream()).startswith("pass the function, not its result: observe(stream)")
+
+
+def test_what_is_no_workload_is_refused() -> None:
+    assert refused(7) == "observe wants a function to run, not int; pass it without ()."
+    assert refused(stream).startswith("stream has a `yield`, so calling it runs nothing")
+
+
+@pytest.mark.parametrize("name", ["engine", "rows", "guard"])
+def test_what_cannot_be_sent_is_named(name: str, server: Server) -> None:
+    """Through the functions, nested ones too, that lead to it; what else they use can be sent."""
+    known = {"engine": create_async_engine(server.url), "rows": stream(), "guard": threading.Lock()}
+    kind = type(known[name]).__name__
+    workload = in_a_cell(USES_GLOBALS.format(name=name), **known)["workload"]
+    assert f"workload cannot be sent to its own process, for the global {name} ({kind}) cannot" in (
+        refused(workload)
+    )
+    assert "hand it plain values" in refused(workload)
+
+
+def test_what_cannot_be_sent_is_named_wherever_it_is() -> None:
+    guard = threading.Lock()
+
+    async def waits() -> None:
+        guard.acquire()
+
+    assert "for the variable guard (lock) cannot" in refused(waits)
+    assert "for argument 2 (lock) cannot" in refused(rush, 1, guard)
+    assert "for argument count (lock) cannot" in refused(rush, count=guard)
+    assert "rush cannot be sent to its own process, for an argument of rush (lock) cannot" in (
+        refused(partial(rush, guard))
+    )
+
+
+async def returns_a_lock() -> Any:
+    return threading.Lock()
+
+
+def test_a_result_that_cannot_be_sent_back() -> None:
+    line = refused(returns_a_lock)
+    assert line.startswith("returns_a_lock returned what cannot be sent back, lock (")
+    assert line.endswith("return plain values.")
+
+
+def test_arguments_may_be_bound() -> None:
+    recording = observe(partial(rush, 7), live=False)
+    assert (recording.title, recording.result) == ("rush", 7)
+
+
+def asks_for_a_name() -> str:
+    return input("Your name? ")
+
+
+def stops_to_look() -> None:
+    breakpoint()
+
+
+@pytest.mark.parametrize("workload", [asks_for_a_name, stops_to_look])
+def test_there_is_no_keyboard(workload: Callable[[], object]) -> None:
+    """It is said at once, not after the fuse; and the parent's own pipe is not read."""
+    with pytest.raises(EOFError, match="there is no keyboard in the process of a run") as caught:
+        observe(workload, live=False)
+    shown = "\n".join(caught.value._render_traceback_())  # type: ignore[attr-defined]
+    assert f"in {workload.__name__}" in shown
+
+
+async def requests_that_stop_to_look() -> None:
+    async def request(number: int) -> None:
+        breakpoint()
+
+    await storm(request, 3)
+
+
+def test_there_is_no_keyboard_in_a_storm_either(capsys: pytest.CaptureFixture[str]) -> None:
+    observe(requests_that_stop_to_look)
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 of 3 requests failed: EOFError: there is no keyboard in the")
+    assert len(printed.splitlines()) == 1
+
+
+ADVICE = "If a cell defines it, run that cell first, and then this one again; else mend the name."
+
+
+def test_an_unknown_name_speaks_of_the_cell_to_run() -> None:
+    workload = in_a_cell("async def workload():\n    return await price_of()")["workload"]
+    with pytest.raises(NameError, match="'price_of' is not defined") as caught:
+        observe(workload, live=False)
+    assert caught.value._render_traceback_()[-1] == ADVICE  # type: ignore[attr-defined]
+
+
+def test_an_unknown_name_in_a_storm_speaks_of_the_cell_to_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = """
+    async def place_order(number):
+        await price_of()
+
+    async def workload():
+        await storm(place_order, 3)
+    """
+    observe(in_a_cell(source, storm=storm)["workload"])
+    assert capsys.readouterr().out == (
+        f"3 of 3 requests failed: NameError: name 'price_of' is not defined. {ADVICE}\n"
+    )
+
+
+def shown(value: Any) -> str:
+    """What a notebook shows where a value is a cell's last line."""
+    data, _ = DisplayFormatter().format(value)
+    assert set(data) == {"text/plain"}
+    return str(data["text/plain"])
+
+
+def test_a_recording_and_its_verdict_are_shown_as_their_reports(server: Server) -> None:
+    starved = observe(
+        nested_orders, server.url, 50, pool_size=5, max_overflow=0, fuse=1, live=False
+    )
+    assert shown(starved.verdict()) == str(starved.verdict())
+    assert shown(starved.verdict()).startswith("DEADLOCK in pool")
+    assert shown(starved) == f"nested_orders\n{starved.summary()}\n{starved.verdict()}"
+    assert shown([starved.verdict()]).startswith("[DEADLOCK in pool")
+    assert repr(starved) == "<Recording 'nested_orders': 0 of 50 requests completed>"
+    assert len(repr(starved.pools)) < 1000
+    assert shown(observe(rush, live=False)) == "rush"
 
 
 async def blocks_the_loop() -> None:

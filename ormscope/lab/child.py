@@ -7,6 +7,7 @@ the parent is gone. Standard output carries pickled messages; what the workload 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import importlib
 import inspect
@@ -178,6 +179,29 @@ async def _run_on_loop(workload: Callable[[], Any], reporter: Reporter) -> Any:
     return await workload()
 
 
+def _refuse_keyboard(*arguments: Any, **options: Any) -> Any:
+    """What `input()` and `breakpoint()` do here, where standard input is the parent's."""
+    raise EOFError(
+        "there is no keyboard in the process of a run: hand it values as arguments, and print what you want to see"
+    )
+
+
+def _result(workload: Any, result: Any) -> bytes:
+    """What the workload returned, pickled; raises UnsendableError where that cannot be."""
+    import cloudpickle
+
+    from ormscope.lab.sending import UnsendableError, name_of
+
+    try:
+        data: bytes = cloudpickle.dumps(result)
+    except Exception as error:
+        raise UnsendableError(
+            f"{name_of(workload)} returned what cannot be sent back, {type(result).__name__} ({error}): "
+            "return plain values."
+        ) from None
+    return data
+
+
 def _portable(error: BaseException) -> bytes | None:
     """The exception, pickled; None where it cannot be (the parent then raises a WorkloadError in its place)."""
     import cloudpickle
@@ -232,6 +256,7 @@ def main() -> None:
     watch_sessions()
     _import_drivers(setting["drivers"])
     threading.Thread(target=_obey_parent, args=(sys.stdin.buffer, reporter), daemon=True).start()
+    sys.breakpointhook = builtins.input = _refuse_keyboard
     try:
         workload, arguments, options = cloudpickle.loads(workload_bytes)
         if inspect.iscoroutinefunction(workload):
@@ -239,7 +264,7 @@ def main() -> None:
         else:
             reporter.start()
             result = workload(*arguments, **options)
-        reporter.finish("returned", cloudpickle.dumps(result))
+        reporter.finish("returned", _result(workload, result))
     except BaseException as error:
         from ormscope.tracebacks import outcome_of, users_traceback
 

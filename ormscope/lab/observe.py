@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
-import os
 import pickle
 import queue
 import signal
@@ -20,26 +18,27 @@ from ormscope.lab.forks import CAN_FORK, Process, forked, spawned
 from ormscope.lab.memory import MemorySample, MemoryScope
 from ormscope.lab.recording import Recording
 from ormscope.lab.run import Curve, ObjectsSample, PoolCurve
+from ormscope.lab.sending import UnsendableError as UnsendableError
+from ormscope.lab.sending import name_of, payload
 from ormscope.lab.storm import Request
 from ormscope.ledger import Sample
 from ormscope.orm_internals import show_as
-from ormscope.places import is_cell
 
-# Imported before a run where the caller has imported them; the asynchronous ones always are.
-_SYNCHRONOUS_DRIVERS = ("psycopg", "psycopg2", "pymysql", "MySQLdb")
 _FAREWELL_SECONDS = 2.0
 _INTERRUPTED_FAREWELL_SECONDS = 0.3
 _START_SECONDS = 60.0
+
+# By the class of an exception that no load can cause. An EOFError, of `input()`, says itself what to do.
+_ADVICE = {
+    "NameError": "If a cell defines it, run that cell first, and then this one again; else mend the name.",
+    "EOFError": "",
+}
 
 _Message = tuple[str, Any]
 
 
 class WorkloadError(Exception):
     """An exception of the workload that could not be carried over: its class and message as text."""
-
-
-class UnsendableError(ValueError):
-    """A workload that cannot be sent to a process of its own; the message says why."""
 
 
 class InstrumentError(Exception):
@@ -77,14 +76,17 @@ def observe(
     Raises what the workload raises, with the workload's traceback; UnsendableError when it cannot be sent;
     InstrumentError where the instruments have failed, for their recording would not be the truth.
     """
+    sent = payload(workload, arguments, options)
     recording = Recording(
-        title=title or workload.__name__, fuse=fuse, memory_limit=memory_limit, curves=tuple(curves)
+        title=title or name_of(workload),
+        fuse=fuse,
+        memory_limit=memory_limit,
+        curves=tuple(curves),
     )
-    payload = _payload(workload, arguments, options)
     with (
         _interrupts_noted() as interrupts,
         _picture(recording, live) as draw,
-        _started(payload) as process,
+        _started(sent) as process,
     ):
         messages = _messages(process)
         memory = MemoryScope(process.pid)
@@ -92,37 +94,12 @@ def observe(
             failure = _follow(process, messages, memory, recording, live, draw, interrupts)
         finally:
             memory.close()
-    if live and recording.ending:
-        print(recording.ending)
+    if live:
+        for line in filter(None, (recording.ending, *_mistakes(recording))):
+            print(line)
     if failure is not None:
         raise failure
     return recording
-
-
-def _payload(
-    workload: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> bytes:
-    cells = {
-        name: entry[2]
-        for name, entry in linecache.cache.items()
-        if is_cell(name) and len(entry) == 4
-    }
-    try:
-        code = cloudpickle.dumps((workload, arguments, options))
-    except Exception as error:
-        raise UnsendableError(
-            f"{workload.__name__} cannot be sent to its own process ({error}): "
-            "create the engine, the sessions and all that is open inside it, and hand it plain values."
-        ) from None
-    drivers = [name for name in _SYNCHRONOUS_DRIVERS if name in sys.modules]
-    setting = {
-        "path": sys.path,
-        "folder": os.getcwd(),
-        "environment": dict(os.environ),
-        "cells": cells,
-        "drivers": drivers,
-    }
-    return pickle.dumps((setting, code))
 
 
 @contextlib.contextmanager
@@ -140,10 +117,10 @@ def _interrupts_noted() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _started(payload: bytes) -> Iterator[Process]:
+def _started(sent: bytes) -> Iterator[Process]:
     process = forked() if CAN_FORK else spawned()
     try:
-        process.stdin.write(payload)
+        process.stdin.write(sent)
         process.stdin.flush()
         yield process
     finally:
@@ -290,12 +267,25 @@ def _take_in_memory(recording: Recording, memory: MemoryScope, started: float) -
             recording.memory.append(MemorySample(sample.time - started, sample.mebibytes))
 
 
+def _mistakes(recording: Recording) -> Iterator[str]:
+    """What is to be said of requests that failed by a slip, and not by the load; their class alone would not tell."""
+    for outcome, advice in _ADVICE.items():
+        errors = [request.error for request in recording.requests if request.outcome == outcome]
+        if errors:
+            last = errors[0].splitlines()[-1]
+            yield f"{len(errors)} of {recording.announced} requests failed: {last}. {advice}".rstrip()
+
+
 def _carried_over(
     pickled: bytes | None, name: str, message: str, lines: list[str]
 ) -> BaseException:
     error: BaseException = (
         WorkloadError(f"{name}: {message}") if pickled is None else pickle.loads(pickled)
     )
+    if isinstance(error, UnsendableError):
+        lines = [message]
+    if any(line.lstrip(" |").startswith("NameError: ") for line in lines):
+        lines = [*lines, _ADVICE["NameError"]]
     error.__cause__ = WorkloadTraceback("\n".join(lines))
     # IPython shows what this returns instead of the frames of this module.
     show_as(error, lines)

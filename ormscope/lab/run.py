@@ -34,10 +34,10 @@ class PoolCurve:
 
     name: str
     capacity: int | None
-    samples: list[Sample] = field(default_factory=list)
-    deadlocks: list[Verdict] = field(default_factory=list)
-    troubles: list[Verdict] = field(default_factory=list)
-    last: Verdict | None = None
+    samples: list[Sample] = field(default_factory=list, repr=False)
+    deadlocks: list[Verdict] = field(default_factory=list, repr=False)
+    troubles: list[Verdict] = field(default_factory=list, repr=False)
+    last: Verdict | None = field(default=None, repr=False)
     timeouts: int = 0
     served_after_wait: int = 0
     longest_wait: float = 0.0
@@ -68,7 +68,7 @@ class PoolCurve:
         return next(times, None)
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """The curves, events, verdicts and outcomes of one run.
 
@@ -92,6 +92,18 @@ class Run:
     objects: list[ObjectsSample] = field(default_factory=list)
     result: Any = None
     printed: str = ""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.title!r}: {self.completed} of {self.announced} requests completed>"
+
+    def __str__(self) -> str:
+        """The report: title, summary and verdict."""
+        verdict = self.verdict() if any(pool.last for pool in self.pools) else ""
+        return "\n".join(map(str, filter(None, (self.title, self.summary(), verdict))))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What a notebook shows for it where it is not printed."""
+        printer.text(str(self))
 
     @property
     def outcomes(self) -> Counter[str]:
