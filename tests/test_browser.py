@@ -26,6 +26,18 @@ LESSON = "01_pool_starvation.ipynb"
 EXERCISE = "01b_exercise.ipynb"
 TOKEN = "browser-test"
 PROJECTOR = {"width": 1280, "height": 720}
+HALF_A_WINDOW = {"width": 900, "height": 900}
+# What the text alternative of each picture of the lesson says.
+PICTURES = [
+    "200 orders, 20 connections. pool: up to 20 of 20 checked out, 20 at the end",
+    "Wait-for graph: 20 tasks each hold one connection of pool and wait for one more",
+    "the same, pool_timeout=3. pool: up to 20 of 20",
+    "the same, pool_timeout=None. pool: up to 20 of 20",
+    "19 orders at once. .*requests: 19 of 19 completed",
+    "20 orders at once. .*requests: 0 of 20 completed",
+    "19 threads. .*requests: 19 of 19 completed",
+    "20 threads. .*requests: 0 of 20 completed",
+]
 PATIENCE = 60_000  # milliseconds for what has to come, on a busy machine
 WHOLE_LESSON = 240_000  # milliseconds
 STOPPED_WITHIN = 1000  # milliseconds from a click on ■ to the end of the cell
@@ -61,6 +73,21 @@ cell => {
         subtree: true, childList: true, attributes: true, characterData: true
     });
     window.seen = seen;
+}
+"""
+# The words of an element's text that do not stand on one line; a line of code may have one that is longer than that.
+WORDS_THAT_BREAK = """
+element => {
+    const found = [];
+    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode())
+        for (const word of walker.currentNode.data.matchAll(/(?<!\\S)\\S{1,40}(?!\\S)/g)) {
+            const range = document.createRange();
+            range.setStart(walker.currentNode, word.index);
+            range.setEnd(walker.currentNode, word.index + word[0].length);
+            if (range.getClientRects().length > 1) found.push(word[0]);
+        }
+    return found;
 }
 """
 NOTE_CLICK = """
@@ -236,6 +263,11 @@ def test_lesson_runs_from_first_to_last_cell(
     verdict = cell_with(page, jupyterlab, "print(starved.verdict())")
     expect(verdict.locator(".jp-OutputArea-output")).to_contain_text("DEADLOCK in pool")
 
+    pictures = page.locator(".jp-OutputArea-output img")
+    expect(pictures).to_have_count(len(PICTURES))
+    for picture, about in zip(pictures.all(), PICTURES, strict=True):
+        expect(picture).to_have_attribute("alt", re.compile(about, re.DOTALL))
+
     folder = screenshots(tmp_path)
     for theme in ("Light", "Dark"):
         choose(page, "Settings", "Theme", f"JupyterLab {theme}")
@@ -243,6 +275,13 @@ def test_lesson_runs_from_first_to_last_cell(
             "data-jp-theme-light", str(theme == "Light").lower()
         )
         take_screenshots(page, theme.lower(), folder)
+
+    page.set_viewport_size(HALF_A_WINDOW)
+    output = verdict.locator(".jp-OutputArea-output pre")
+    output.scroll_into_view_if_needed()
+    page.screenshot(path=folder / "lesson_01_verdict_in_half_a_window.png")
+    assert output.evaluate("pre => pre.scrollWidth <= pre.clientWidth"), "it is cut off"
+    assert output.evaluate(WORDS_THAT_BREAK) == []
 
 
 def test_nothing_is_told_before_it_is_run(

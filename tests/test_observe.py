@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from ormscope.lab import Recording, observe, storm
 from ormscope.lab.observe import InstrumentError, WorkloadError
-from ormscope.lab.picture import _thinned
+from ormscope.lab.picture import _thinned, stored_picture
 from ormscope.lab.sending import UnsendableError
 from workshop.database import Server
 
@@ -436,9 +436,8 @@ def test_pictures_carry_what_the_data_say(server: Server) -> None:
         in picture.alternative
     )
     assert "fixed. pool:" in picture.alternative and "2 of 2 completed" in picture.alternative
-    data, metadata = picture._repr_mimebundle_()
-    assert data["text/plain"] == "<Picture: broken | fixed>"
-    assert metadata["image/png"]["alt"] == picture.alternative
+    assert repr(picture) == "<Picture: broken | fixed>"
+    assert stored_picture(picture._repr_html_()) == (picture.alternative, picture.png())
     graph = starved.plot_waits()
     assert "3 tasks each hold one connection" in graph.alternative
     assert "17 tasks that hold nothing" in graph.alternative

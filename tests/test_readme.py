@@ -9,6 +9,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from workshop.notebooks import pictures
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = re.findall(r"^\| \d\d \| \[(.+?)\]\((.+?)\).*\| (\d+) \|$", README, re.MULTILINE)
@@ -68,17 +70,13 @@ def test_verdict_on_a_claim_is_what_its_cell_printed(
 
 def test_the_picture_is_the_one_in_lesson_01() -> None:
     """`lab.py refresh` stores both at once; a picture that was drawn for the README would be another."""
-    import base64
-
     (cell,) = [
         cell
         for cell in cells("notebooks/01_pool_starvation.ipynb")
         if "readme" in cell.metadata.get("tags", [])
     ]
-    (stored,) = [
-        output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
-    ]
-    assert base64.b64decode(stored) == (ROOT / "notebooks/01_pool_starvation.png").read_bytes()
+    (stored,) = pictures(cell)
+    assert stored == (ROOT / "notebooks/01_pool_starvation.png").read_bytes()
     assert "](notebooks/01_pool_starvation.png)" in README
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
+from ormscope.lab.picture import stored_picture
 from workshop.exercises import SOLUTION_TAG, SOLUTIONS
 
 EXPECTED = "expected.png"
@@ -32,19 +34,18 @@ def generated(solution: NotebookNode) -> NotebookNode:
             continue
         cells.append(NotebookNode(cell, outputs=[], execution_count=None))
         for output in cell.outputs:
-            if "image/png" in output.get("data", {}):
-                cells.append(_expected(cell.id, output))
+            if picture := stored_picture(output.get("data", {}).get("text/html", "")):
+                cells.append(_expected(cell.id, *picture))
     exercise: NotebookNode = nbformat.v4.new_notebook(cells=cells, metadata=solution.metadata)
     return exercise
 
 
-def _expected(check_id: str, output: NotebookNode) -> NotebookNode:
-    alternative = " ".join(output.metadata["image/png"]["alt"].split())
+def _expected(check_id: str, alternative: str, png: bytes) -> NotebookNode:
     cell: NotebookNode = nbformat.v4.new_markdown_cell(
         f"What you should see when it is right, beside the code as it was given:\n\n"
-        f"![{alternative}](attachment:{EXPECTED})",
+        f"![{' '.join(alternative.split())}](attachment:{EXPECTED})",
         id=f"{check_id}-expected",
-        attachments={EXPECTED: {"image/png": output.data["image/png"].replace("\n", "")}},
+        attachments={EXPECTED: {"image/png": base64.b64encode(png).decode()}},
     )
     return cell
 

@@ -1,4 +1,4 @@
-"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00."""
+"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00, with our settings beneath his."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import sys
 from workshop import copies
 from workshop.exercises import MY_NOTEBOOKS, ROOT
 
-SETTINGS = ROOT / "workshop" / "jupyterlab_settings"  # the learner's own go before these
-FIRST_LESSON = f"/lab/tree/{MY_NOTEBOOKS.name}/00_start_here.ipynb"
+SETTINGS = ROOT / "workshop" / "jupyterlab_settings"
+OPTIONS = [
+    f"--ServerApp.root_dir={ROOT}",
+    f"--LabApp.default_url=/lab/tree/{MY_NOTEBOOKS.name}/00_start_here.ipynb",
+    f"--LabApp.app_settings_dir={SETTINGS}",
+    "--LabApp.custom_css=True",
+]
 
 
 def main() -> None:
@@ -18,19 +23,16 @@ def main() -> None:
         copies.prepare()
     except OSError as error:
         sys.exit(f"lab.py: cannot write {MY_NOTEBOOKS.name}: {error}")
-    defaults = [
-        f"--ServerApp.root_dir={ROOT}",
-        f"--LabApp.default_url={FIRST_LESSON}",
-        f"--LabApp.app_settings_dir={SETTINGS}",
-    ]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        defaults.append("--allow-root")  # as in a container; JupyterLab wants to be told
     # This package builds a grammar when it is imported, half of JupyterLab's start-up time, for a
     # check of international URLs that nothing here asks for. jsonschema does without it.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
-    from jupyterlab.labapp import main as jupyterlab
+    from jupyterlab.labapp import LabApp
 
-    jupyterlab([*defaults, *sys.argv[1:]])
+    # Where custom.css is looked for is no option.
+    LabApp.serverapp_config["tornado_settings"] = {"static_custom_path": [str(SETTINGS)]}
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    root = ["--allow-root"] if is_root else []  # as in a container; JupyterLab wants to be told
+    LabApp.launch_instance([*OPTIONS, *root, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

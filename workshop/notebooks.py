@@ -7,7 +7,6 @@ of the solution and the exercise with the same number, which it makes anew.
 from __future__ import annotations
 
 import argparse
-import base64
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from ormscope.lab.picture import stored_picture
 from workshop.exercises import EXERCISES, ROOT, SOLUTIONS
 from workshop.generator import generated
 from workshop.kernels import SETTINGS
@@ -104,10 +104,10 @@ def texts(cell: NotebookNode) -> str:
 
 
 def pictures(cell: NotebookNode) -> Iterator[bytes]:
-    """The PNG files that a cell displayed."""
+    """The pictures that a cell displayed, as PNG files."""
     for output in cell.outputs:
-        if png := output.get("data", {}).get("image/png"):
-            yield base64.b64decode(png)
+        if picture := stored_picture(output.get("data", {}).get("text/html", "")):
+            yield picture[1]
 
 
 def run(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,10 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import matplotlib.colors
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -37,6 +42,7 @@ STYLE = Path(__file__).with_name("style.mplstyle")
 _LIVE_DPI = 90
 _FINAL_DPI = 180
 _SHOWN_WIDTH = 900  # pixels in the notebook
+_LEAST_CONTRAST = 4.6  # of a text with white; WCAG wants 4.5, and colours are rounded
 # Drawing may take this share of one core at most: what is measured runs on the same machine. Where nothing
 # moves any more there is nothing to disturb.
 _DRAWING_SHARE = 0.04
@@ -46,13 +52,31 @@ _SHORTEST_PAUSE = 0.2  # seconds
 
 
 class Picture:
-    """A figure with its text alternative; a notebook shows it as a PNG.
+    """A figure with its text alternative; a notebook shows it as an image that carries both.
 
     `title` is the plain-text form, the same in every run; `alternative` describes the data.
     """
 
     def __init__(self, figure: Figure, title: str, alternative: str) -> None:
         self.figure, self.title, self.alternative = figure, title, alternative
+        for label in figure.findobj(Text):
+            label.set_color(ink(label.get_color()))
+
+    def __repr__(self) -> str:
+        return f"<Picture: {self.title}>"
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def html(self, dpi: int = _FINAL_DPI) -> str:
+        """The picture as an `<img>` element: what a notebook shows and stores.
+
+        Of a plain PNG, JupyterLab drops the text alternative, and nbconvert writes that there is none.
+        """
+        png = base64.b64encode(self.png(dpi)).decode()
+        height = round(_SHOWN_WIDTH * self.figure.get_figheight() / self.figure.get_figwidth())
+        alternative = html.escape(self.alternative)
+        return f'<img alt="{alternative}" width="{_SHOWN_WIDTH}" height="{height}" src="data:image/png;base64,{png}">'
 
     def png(self, dpi: int = _FINAL_DPI) -> bytes:
         """The picture as a PNG file's bytes."""
@@ -68,17 +92,40 @@ class Picture:
             pixels.convert("RGB").save(data, "PNG", compress_level=1)
         return data.getvalue()
 
-    def _repr_mimebundle_(
-        self, include: Any = None, exclude: Any = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self.bundle(_FINAL_DPI)
 
-    def bundle(self, dpi: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The picture as Jupyter's display data and metadata."""
-        return (
-            {"image/png": self.png(dpi), "text/plain": f"<Picture: {self.title}>"},
-            {"image/png": {"width": _SHOWN_WIDTH, "alt": self.alternative}},
-        )
+def stored_picture(markup: str) -> tuple[str, bytes] | None:
+    """The text alternative and the PNG of a picture, from what `Picture.html` gave; None for any other HTML."""
+    found = re.fullmatch(r'<img alt="([^"]*)".* src="data:image/png;base64,([^"]+)">', markup)
+    return found and (html.unescape(found[1]), base64.b64decode(found[2]))
+
+
+def contrast(color: Any) -> float:
+    """The contrast of a colour with white, 1 to 21 (WCAG 2.2, "contrast ratio")."""
+    return 1.05 / (_luminance(_linear(color)) + 0.05)
+
+
+def ink(color: Any) -> Any:
+    """The colour for a text: the same, or darker where it could not be read on white well enough."""
+    linear = _linear(color)
+    darker = min(1.0, (1.05 / _LEAST_CONTRAST - 0.05) / max(_luminance(linear), 1e-9))
+    if darker == 1.0:
+        return color
+    return tuple(
+        12.92 * part if part <= 0.0031308 else 1.055 * part ** (1 / 2.4) - 0.055
+        for part in (darker * part for part in linear)
+    )
+
+
+def _linear(color: Any) -> list[float]:
+    return [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in matplotlib.colors.to_rgb(color)
+    ]
+
+
+def _luminance(linear: list[float]) -> float:
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def new_figure(width: float = 10.0, height: float = 4.6) -> Figure:
@@ -194,6 +241,7 @@ def _draw_pool(axes: Axes, run: Run, top: int) -> None:
             ha="right" if late else "left",
             color=WAITING,
             weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
         )
     axes.set_ylim(0, top * 1.15)
     _label_ends(axes, labels, top, gap=0.11)
@@ -374,11 +422,12 @@ class LivePicture:
         self._show(_FINAL_DPI)
 
     def _show(self, dpi: int) -> None:
-        data, metadata = draw(self._run).bundle(dpi)
+        picture = draw(self._run)
+        data = {"text/html": picture.html(dpi), "text/plain": repr(picture)}
         if self._shown:
-            self._handle.update(data, raw=True, metadata=metadata)
+            self._handle.update(data, raw=True)
         else:
-            self._handle.display(data, raw=True, metadata=metadata)
+            self._handle.display(data, raw=True)
             self._shown = True
 
 
