@@ -21,6 +21,7 @@ UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -223,10 +224,16 @@ def install_packages(uv):
 
 
 def add_checkout():
-    """Make the checkout's packages importable."""
+    """Make the checkout's packages importable, and let each kernel load what tells a learner's mistakes."""
     site_packages = sysconfig.get_path("purelib", "venv", {"base": str(VENV)})
     # Relative, hence ASCII: .pth files are read in an encoding that may lack this folder's name.
     Path(site_packages, "workshop.pth").write_text(os.path.relpath(ROOT, site_packages) + "\n")
+    # At its start, for after a restart the first cell to run may be any. (Were it listed as an
+    # extension, %load_ext workshop would say in each lesson that it is loaded already.)
+    load = "__import__('workshop').load_ipython_extension(get_ipython())"
+    settings = VENV / "etc/ipython/ipython_kernel_config.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps({"IPKernelApp": {"exec_lines": [load]}}))
 
 
 def watch(command, environ):

@@ -16,6 +16,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -480,6 +481,27 @@ def test_packages_of_the_checkout_are_importable_from_anywhere(installed: Lab) -
     assert result.stdout.splitlines() == [
         str(installed.folder / package / "__init__.py") for package in ["ormscope", "workshop"]
     ]
+
+
+def test_each_kernel_tells_of_the_cells_to_run_first(installed: Lab) -> None:
+    """Also a restarted one, whose first cell to run is any; and that the extension is loaded twice is not said."""
+    python = installed.venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = textwrap.dedent(
+        """
+        import nbformat
+        from nbclient import NotebookClient
+
+        cells = map(nbformat.v4.new_code_cell, ["starved = observe(1)", "%load_ext workshop"])
+        notebook = nbformat.v4.new_notebook(cells=list(cells))
+        NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute()
+        failed, loaded = notebook.cells
+        print(*failed.outputs[0].traceback, loaded.outputs, failed.execution_count)
+        """
+    )
+    result = subprocess.run([python, "-c", code], capture_output=True, encoding="utf-8")
+    told = "name 'observe' is not defined. Run the cells above first"
+    assert result.stdout.startswith(told), result.stdout + result.stderr
+    assert result.stdout.endswith(" [] 1\n")
 
 
 @pytest.mark.parametrize(

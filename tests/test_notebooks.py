@@ -489,7 +489,8 @@ class Kernel:
     def __init__(self, temporary: Path) -> None:
         self.temporary = temporary
         self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel()
+        # What the environment's configuration loads is tested in tests/test_lab.py.
+        self.manager.start_kernel(extra_arguments=["--IPKernelApp.exec_lines=[]"])
         self.client: BlockingKernelClient = self.manager.client()
         self.client.start_channels()
 
