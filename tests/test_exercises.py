@@ -251,10 +251,15 @@ def test_code_that_cannot_be_sent() -> None:
     assert "cannot run in a process of its own" in outcome.text and "\n" not in outcome.text
 
 
-def test_stray_prints_stay_out_of_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_function_prints_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first lines, for it is called many times; also where it raises."""
     outcome = TASK.check(written("print('here'); await reuse(Session, number, sku)", MODULE, TASK))
     assert outcome.kind == "right"
-    assert capsys.readouterr().out == ""
+    limit = "... (only the first 12 printed lines are shown)\n"
+    assert capsys.readouterr().out == "here\n" * 12 + limit
+    outcome = TASK.check(written("print('here'); raise LookupError", MODULE, TASK))
+    assert outcome.kind == "raised"
+    assert capsys.readouterr().out == "here\n" * 12 + limit
 
 
 def test_a_comment_is_no_attempt() -> None:

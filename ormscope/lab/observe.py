@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, BinaryIO
 
 import cloudpickle
@@ -60,6 +61,7 @@ def observe(
     title: str | None = None,
     curves: Sequence[Curve] = ("connections", "requests"),
     live: bool = True,
+    on_print: Callable[[str], object] | None = None,
     **options: Any,
 ) -> Recording:
     """Run `workload(*arguments, **options)` in a fresh process under observation and return what was seen.
@@ -71,11 +73,14 @@ def observe(
     was seen so far is returned.
 
     In a notebook the picture is drawn while the run goes on, and `curves` chooses what it shows, from above.
-    With `live=False` nothing is drawn or said, and what the run prints is only recorded.
+    With `live=False` nothing is drawn or said, and what the run prints is only recorded, unless `on_print` is
+    there: it is called with each line as it comes.
 
     Raises what the workload raises, with the workload's traceback; UnsendableError when it cannot be sent;
     InstrumentError where the instruments have failed, for their recording would not be the truth.
     """
+    if on_print is None:
+        on_print = partial(print, end="") if live else lambda line: None
     sent = payload(workload, arguments, options)
     recording = Recording(
         title=title or name_of(workload),
@@ -91,7 +96,7 @@ def observe(
         messages = _messages(process)
         memory = MemoryScope(process.pid)
         try:
-            failure = _follow(process, messages, memory, recording, live, draw, interrupts)
+            failure = _follow(process, messages, memory, recording, on_print, draw, interrupts)
         finally:
             memory.close()
     if live:
@@ -162,7 +167,7 @@ def _follow(
     messages: queue.SimpleQueue[_Message],
     memory: MemoryScope,
     recording: Recording,
-    live: bool,
+    on_print: Callable[[str], object],
     draw: Callable[[], None],
     interrupts: list[int],
 ) -> BaseException | None:
@@ -204,8 +209,7 @@ def _follow(
             failure = InstrumentError(content)
         elif kind == "printed":
             recording.printed += content
-            if live:
-                print(content, end="")
+            on_print(content)
         elif kind in ("returned", "raised", "stopped"):
             recording.seconds, end = content
             if kind == "returned":

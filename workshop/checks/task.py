@@ -94,6 +94,7 @@ class Task(Generic[Noted]):
         self._plot = plot
         self._memory = memory
         self._hints_shown = 0
+        self._lines_printed = 0
 
     def __repr__(self) -> str:
         return f"the check of {self.name}; call it with your {self.function}"
@@ -141,6 +142,7 @@ class Task(Generic[Noted]):
                 f"{self.function} is still as it was given. "
                 "If you have changed it, run its cell, and do not rename it.",
             )
+        self._lines_printed = 0
         try:
             return self._try(answer)
         except Mistake as mistake:
@@ -150,7 +152,7 @@ class Task(Generic[Noted]):
         runs: list[Recording] = []
         for trial in self._trials:
             try:
-                run = self._run(answer, "yours", **trial)
+                run = self._run(answer, "yours", on_print=self._show, **trial)
             except UnsendableError as error:
                 return Outcome("raised", f"your code cannot run in a process of its own: {error}")
             except BaseException as error:  # what it raises there is raised here, also SystemExit
@@ -161,6 +163,14 @@ class Task(Generic[Noted]):
                 return outcome
             runs.append(run)
         return Outcome("right", self._proof([(run, run.result) for run in runs]), run=runs[0])
+
+    def _show(self, line: str) -> None:
+        """Show what the learner's function prints, as far as anybody reads it: it is called many times."""
+        self._lines_printed += 1
+        if self._lines_printed <= _MOST_LINES_SHOWN:
+            print(line, end="")
+        elif self._lines_printed == _MOST_LINES_SHOWN + 1:
+            print(f"... (only the first {_MOST_LINES_SHOWN} printed lines are shown)")
 
     def _run(self, answer: Any, title: str, **trial: Any) -> Recording:
         return observe(
