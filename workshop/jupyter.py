@@ -1,4 +1,4 @@
-"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00, with our settings beneath his."""
+"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00, with our settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from workshop import copies
 from workshop.exercises import MY_NOTEBOOKS, ROOT
+from workshop.kernels import ENCRYPTION
 
 SETTINGS = ROOT / "workshop" / "jupyterlab_settings"
 OPTIONS = [
@@ -14,6 +15,8 @@ OPTIONS = [
     f"--LabApp.default_url=/lab/tree/{MY_NOTEBOOKS.name}/00_start_here.ipynb",
     f"--LabApp.app_settings_dir={SETTINGS}",
     "--LabApp.custom_css=True",
+    f"--MappingKernelManager.transport_encryption={ENCRYPTION}",
+    "--Application.log_level=ERROR",  # a learner can do nothing about the rest
 ]
 
 
@@ -23,6 +26,7 @@ def main() -> None:
         copies.prepare()
     except OSError as error:
         sys.exit(f"lab.py: cannot write {MY_NOTEBOOKS.name}: {error}")
+    print("JupyterLab starts. Ctrl-C here ends it, and all that it runs.", flush=True)
     # This package builds a grammar when it is imported, half of JupyterLab's start-up time, for a
     # check of international URLs that nothing here asks for. jsonschema does without it.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
