@@ -8,7 +8,7 @@ python3 lab.py run [NN ...]             run lessons without a browser, into the 
 python3 lab.py doctor                   rehearse: will everything work on this machine?
 python3 lab.py bench                    measure the instruments themselves
 python3 lab.py matrix [options]         test the instruments on each Python, SQLAlchemy and event loop
-python3 lab.py test [pytest options]    run everything that CI runs
+python3 lab.py test [pytest options]    run everything that CI runs; with --quick, what a learner needs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
 python3 lab.py remove                   take away what the kit keeps outside of this folder
 
@@ -42,7 +42,8 @@ SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
 COMMANDS = {
-    "test": ["pytest"],
+    # Three side by side, for most of the time each waits; what belongs together stays in one process.
+    "test": ["pytest", "--numprocesses=3", "--dist=loadgroup"],
     "run": ["workshop.notebooks", "run"],
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],

@@ -28,6 +28,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "the event loop of the tests in this process; what they start is on asyncio's"
     parser.addoption("--loop", choices=["asyncio", "uvloop"], default="asyncio", help=help)
+    help = "only what a learner needs: that the first lessons and the checks work here; under a minute"
+    parser.addoption("--quick", action="store_true", help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +46,28 @@ def _skip_on_uvloop(request: pytest.FixtureRequest) -> None:
     marker = request.node.get_closest_marker("asyncios_loop")
     if marker and request.config.getoption("--loop") == "uvloop":
         pytest.skip(marker.args[0])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say what has to run in one process, and leave out what was not asked for."""
+    if config.getoption("--quick"):
+        chosen = [item for item in items if _is_quick(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    is_first = item.path.parent.name == "notebooks" and item.path.name.startswith(("00_", "01_"))
+    return is_first or item.get_closest_marker("quick") is not None
+
+
+def _group_of(item: pytest.Item) -> str:
+    """The cells of a notebook share a kernel, and the tests of a module what is made once for them."""
+    fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    shares = any(known[-1].scope == "module" for known in fixtures.values())
+    return item.location[0] if shares or not isinstance(item, pytest.Function) else item.nodeid
 
 
 @pytest.fixture
