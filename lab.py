@@ -10,6 +10,7 @@ python3 lab.py bench                    measure the instruments themselves
 python3 lab.py matrix [options]         test the instruments on each Python, SQLAlchemy and event loop
 python3 lab.py test [pytest options]    run everything that CI runs; with --quick, what a learner needs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
+python3 lab.py new exercise NN name     for maintainers: write the files of a new exercise
 python3 lab.py remove                   take away what the kit keeps outside of this folder
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
@@ -51,6 +52,7 @@ COMMANDS = {
     "matrix": ["workshop.matrix"],
     "progress": ["workshop.progress"],
     "reset": ["workshop.copies"],
+    "new": ["workshop.new"],
 }
 # What uv or pip say of a certificate that none of those they trust has signed, as where a company
 # inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since

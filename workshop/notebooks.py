@@ -25,7 +25,7 @@ from workshop.generator import generated
 from workshop.kernels import SETTINGS
 from workshop.mistake import Mistake
 
-EXECUTED = ROOT / "executed"
+LESSONS, EXECUTED = ROOT / "notebooks", ROOT / "executed"
 CELL_TIMEOUT = 120  # seconds; the longest cell of the lessons takes a tenth of it
 
 
@@ -33,16 +33,17 @@ class CellFailed(Mistake):
     """A cell of a notebook failed; the message names it."""
 
 
+def _by_number(folder: Path) -> dict[str, Path]:
+    return {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+
+
 def lessons(numbers: list[str]) -> list[Path]:
     """The lessons with these numbers ("1" or "01"), or all; raises Mistake for a number that is none."""
-    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    if not numbers:
-        return paths
-    known = {path.name[:2]: path for path in paths}
+    known = _by_number(LESSONS)
     unknown = [number for number in numbers if number.zfill(2) not in known]
     if unknown:
         raise Mistake(f"There is no lesson {', '.join(unknown)}; there are {', '.join(known)}.")
-    return [known[number.zfill(2)] for number in numbers]
+    return [known[number.zfill(2)] for number in numbers] or list(known.values())
 
 
 def execute(
@@ -141,13 +142,26 @@ def refresh(path: Path) -> None:
     print(f"{path.relative_to(ROOT)}  refreshed in {time.monotonic() - started:.1f} s", flush=True)
 
 
-def refresh_exercise(name: str) -> None:
-    """Refresh the solution with this file name, where there is one, and make the exercise anew from it."""
-    solution, exercise = SOLUTIONS / name, EXERCISES / name
-    if solution.exists():
-        refresh(solution)
-        nbformat.write(generated(nbformat.read(solution, as_version=4)), exercise)
-        refresh(exercise)
+def refresh_exercise(solution: Path) -> None:
+    """Refresh a solution, and make the exercise anew from it."""
+    refresh(solution)
+    exercise = EXERCISES / solution.name
+    nbformat.write(generated(nbformat.read(solution, as_version=4)), exercise)
+    refresh(exercise)
+
+
+def refresh_all(numbers: list[str]) -> None:
+    """Refresh the lessons and exercises with these numbers, or all; raises Mistake for a number that is none."""
+    by_lesson, by_exercise = _by_number(LESSONS), _by_number(SOLUTIONS)
+    wanted = [number.zfill(2) for number in numbers] or sorted({*by_lesson, *by_exercise})
+    unknown = [number for number in wanted if number not in by_lesson | by_exercise]
+    if unknown:
+        raise Mistake(f"There is no lesson and no exercise {', '.join(unknown)}.")
+    for number in wanted:
+        if number in by_lesson:
+            refresh(by_lesson[number])
+        if number in by_exercise:
+            refresh_exercise(by_exercise[number])
 
 
 def main() -> int:
@@ -155,16 +169,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="lab.py")
     parser.add_argument("command", choices=("run", "refresh"))
     parser.add_argument(
-        "numbers", nargs="*", metavar="NN", help="numbers of lessons; all unless given"
+        "numbers",
+        nargs="*",
+        metavar="NN",
+        help="numbers of lessons, or of exercises to refresh; all unless given",
     )
     arguments = parser.parse_args()
     try:
-        for path in lessons(arguments.numbers):
-            if arguments.command == "run":
+        if arguments.command == "refresh":
+            refresh_all(arguments.numbers)
+        else:
+            for path in lessons(arguments.numbers):
                 run(path)
-            else:
-                refresh(path)
-                refresh_exercise(path.name)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 1
