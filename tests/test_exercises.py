@@ -84,7 +84,11 @@ def test_as_given(task: Task[Any], answers: Answers, module: Any) -> None:
 
 @pytest.mark.parametrize(
     "task, answer",
-    [(task, answer) for task, answers, _ in TASKS.values() for answer in answers.right],
+    [
+        pytest.param(task, answer, marks=[] if number else pytest.mark.quick)
+        for task, answers, _ in TASKS.values()
+        for number, answer in enumerate(answers.right)
+    ],
     ids=lambda part: part.name if isinstance(part, Task) else part.__name__,
 )
 def test_right_answer(task: Task[Any], answer: Callable[..., Any]) -> None:
