@@ -28,7 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "the event loop of the tests in this process; what they start is on asyncio's"
     parser.addoption("--loop", choices=["asyncio", "uvloop"], default="asyncio", help=help)
-    help = "only what a learner needs: that the first lessons and the checks work here; under a minute"
+    help = (
+        "only what a learner needs: that the first lessons and the checks work here; under a minute"
+    )
     parser.addoption("--quick", action="store_true", help=help)
 
 

@@ -45,7 +45,7 @@ class Terminal:
 
     def shows(self, *wanted: str) -> None:
         """Wait until all that is wanted can be read."""
-        assert await_that(lambda: all(one in self.screen() for one in wanted), 30), self.screen()
+        assert await_that(lambda: all(line in self.screen() for line in wanted), 30), self.screen()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def edit(path: Path, change: Callable[[NotebookNode], object]) -> None:
 
 
 def predict(notebook: NotebookNode) -> None:
-    (cell,) = [one for one in notebook.cells if one.source.startswith("my_prediction = None")]
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("my_prediction = None")]
     cell.source = "my_prediction = 42"
 
 

@@ -219,9 +219,13 @@ def comparable(cell: NotebookNode) -> dict[str, Any]:
     data = [output.data for output in cell.outputs if "data" in output]
     return {
         "printed": notebooks.texts(cell),
-        "results": [one.get("text/plain") for one in data],
-        "pictures": [stored_picture(one.get("text/html", "")) is not None for one in data],
-        "errors": [(one.ename, one.evalue) for one in cell.outputs if one.output_type == "error"],
+        "results": [bundle.get("text/plain") for bundle in data],
+        "pictures": [stored_picture(bundle.get("text/html", "")) is not None for bundle in data],
+        "errors": [
+            (output.ename, output.evalue)
+            for output in cell.outputs
+            if output.output_type == "error"
+        ],
     }
 
 
@@ -355,7 +359,9 @@ def outcomes(report: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         faults = [
-            one.text or one.get("message", "") for one in case if one.tag in ("failure", "error")
+            part.text or part.get("message", "")
+            for part in case
+            if part.tag in ("failure", "error")
         ]
         found.setdefault(case.get("classname", "").split(".")[-2], []).append(
             "\n".join(faults) or ("skipped" if len(case) else "passed")
@@ -415,8 +421,8 @@ def test_the_gate_is_strict_and_limits_time() -> None:
     options = settings["tool"]["pytest"]["ini_options"]["addopts"]
     assert "--nbval" in options
     assert "--nbval-current-env" in options
-    assert any(one.startswith("--nbval-cell-timeout=") for one in options)
-    assert not any("lax" in one or "rerun" in one for one in options)
+    assert any(option.startswith("--nbval-cell-timeout=") for option in options)
+    assert not any("lax" in option or "rerun" in option for option in options)
 
 
 def test_the_gate_covers_every_notebook() -> None:

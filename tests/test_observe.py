@@ -89,8 +89,8 @@ def test_timeouts_are_told_apart_by_class(server: Server) -> None:
     assert failed >= 18
     assert recording.timeouts == failed
     assert failed + recording.completed == 20
-    one = next(one for one in recording.requests if one.outcome != "ok")
-    assert "QueuePool limit of size 2 overflow 0 reached" in one.error
+    failed = next(failed for failed in recording.requests if failed.outcome != "ok")
+    assert "QueuePool limit of size 2 overflow 0 reached" in failed.error
 
 
 async def prints_and_fails(kind: str) -> None:

@@ -144,9 +144,9 @@ def test_the_alternative_arrives_in_nbconverts_html(picture: Picture) -> None:
 def test_nbval_masks_pictures_and_nothing_else(picture: Picture) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     (option,) = [
-        one
-        for one in settings["tool"]["pytest"]["ini_options"]["addopts"]
-        if one.startswith("--nbval-sanitize-with=")
+        option
+        for option in settings["tool"]["pytest"]["ini_options"]["addopts"]
+        if option.startswith("--nbval-sanitize-with=")
     ]
     rules = get_sanitize_patterns((ROOT / option.partition("=")[2]).read_text("utf-8"))
     ((pattern, mask),) = rules

@@ -100,7 +100,9 @@ def execute(
 def texts(cell: NotebookNode) -> str:
     """What a cell printed on standard output."""
     return "".join(
-        one.text for one in cell.outputs if one.output_type == "stream" and one.name == "stdout"
+        output.text
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stdout"
     )
 
 

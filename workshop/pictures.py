@@ -39,7 +39,7 @@ def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Pictu
                 zorder=3,
             )
         ends = (0.5, most_tasks + 0.5)
-        # Half a step below the smallest capacity that is enough, so that the line separates the marks.
+        # Half a step below the smallest capacity that is enough, so that the line separates the marks; it says so.
         axes.plot(ends, [tasks * (depth - 1) + 0.5 for tasks in ends], color="#000000", linewidth=2)
         axes.set_xlim(*ends)
         axes.set_ylim(0.4, most_capacity + 0.6)
@@ -52,7 +52,7 @@ def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Pictu
         for height, text, color in (
             (0.95, "● all tasks\n   finish", COMPLETED),
             (0.5, "✖ deadlock", WAITING),
-            (0.2, f"line: capacity =\ntasks × {depth - 1} + 1", "#000000"),
+            (0.2, f"line: capacity =\ntasks × {depth - 1} + ½", "#000000"),
         ):
             axes.annotate(
                 text,
@@ -87,19 +87,19 @@ def ladder(recordings: Mapping[str, Recording]) -> Picture:
                 "Throughput",
                 "orders placed per second",
                 CHECKED_OUT,
-                [one.throughput for one in runs],
+                [run.throughput for run in runs],
             ),
             (
                 "Slowest order",
                 "seconds from arrival to the end",
                 WAITING,
-                [one.slowest for one in runs],
+                [run.slowest for run in runs],
             ),
         ],
     )
     alternative = "; ".join(
-        f"{name}: {one.throughput:.0f} orders placed per second, the slowest ended after {one.slowest:.2f} s"
-        for name, one in recordings.items()
+        f"{name}: {run.throughput:.0f} orders placed per second, the slowest ended after {run.slowest:.2f} s"
+        for name, run in recordings.items()
     )
     return Picture(figure, "throughput and slowest order of each remedy", alternative)
 
@@ -107,24 +107,24 @@ def ladder(recordings: Mapping[str, Recording]) -> Picture:
 def export_ladder(recordings: Mapping[str, Recording], rows: int) -> Picture:
     """Memory, speed and longest loop stall of several exports of the same `rows`, one bar each."""
     runs = recordings.values()
-    speeds = [rows / max(one.seconds, 1e-9) / 1000 for one in runs]
+    speeds = [rows / max(run.seconds, 1e-9) / 1000 for run in runs]
     figure = _bars(
         list(recordings),
         [
-            ("Peak memory", "MiB beyond the start", MEMORY, [one.extra_memory for one in runs]),
+            ("Peak memory", "MiB beyond the start", MEMORY, [run.extra_memory for run in runs]),
             ("Speed", "thousand rows per second", COMPLETED, speeds),
             (
                 "Longest loop stall",
                 "milliseconds",
                 LOOP_LAG,
-                [one.longest_lag * 1000 for one in runs],
+                [run.longest_lag * 1000 for run in runs],
             ),
         ],
     )
     alternative = "; ".join(
-        f"{name}: peak {one.extra_memory:.0f} MiB, {speed:.0f} thousand rows per second, "
-        f"the event loop up to {one.longest_lag:.2f} s late"
-        for (name, one), speed in zip(recordings.items(), speeds, strict=True)
+        f"{name}: peak {run.extra_memory:.0f} MiB, {speed:.0f} thousand rows per second, "
+        f"the event loop up to {run.longest_lag:.2f} s late"
+        for (name, run), speed in zip(recordings.items(), speeds, strict=True)
     )
     return Picture(figure, "memory, speed and loop stall of each export", alternative)
 

@@ -46,9 +46,9 @@ _START_SECONDS = 30.0
 
 def free_port() -> int:
     """A port of 127.0.0.1 where nobody listens at this moment."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
         return port
 
 
@@ -167,7 +167,7 @@ class Prometheus:
             # It says that it is ready some seconds before it takes over what it is to scrape.
             with contextlib.suppress(*_ABSENT):
                 targets = self._get("targets")["activeTargets"]
-                if targets and all(one["health"] != "unknown" for one in targets):
+                if targets and all(target["health"] != "unknown" for target in targets):
                     return
             time.sleep(0.05)
         raise Mistake("Prometheus did not start. Run `prometheus --version` to see why.")
@@ -191,7 +191,7 @@ class Prometheus:
     def fired(self) -> set[tuple[str, str]]:
         """The alerts that have fired since the start, each with the pool that it fired for."""
         found = self.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
-        return {(one["metric"]["alertname"], one["metric"]["pool"]) for one in found}
+        return {(alert["metric"]["alertname"], alert["metric"]["pool"]) for alert in found}
 
     def _get(self, what: str) -> Any:
         with _open(f"{self._url}/api/v1/{what}", timeout=10) as answer:
@@ -248,7 +248,7 @@ class Monitor:
 
     def of(self, pool: str) -> list[Scrape]:
         """The metrics of the pool with this name, in the order of time."""
-        return [one for one in self.scrapes if one.pool == pool]
+        return [scrape for scrape in self.scrapes if scrape.pool == pool]
 
     def alerts(self, pool: str) -> list[str]:
         """The names of the alerts that fired for the pool with this name, in alphabetical order."""
@@ -283,9 +283,9 @@ def alerts_of(scrapes: Sequence[Scrape]) -> list[str]:
     What Prometheus does from the same rules, for a process that is not started anew meanwhile.
     """
     fired = set()
-    if any(one.cause == "deadlock" or one["deadlocks_total"] for one in scrapes):
+    if any(scrape.cause == "deadlock" or scrape["deadlocks_total"] for scrape in scrapes):
         fired.add("ConnectionPoolDeadlock")
-    looks = [(one.time, _is_late(scrapes[:count])) for count, one in enumerate(scrapes, 1)]
+    looks = [(scrape.time, _is_late(scrapes[:count])) for count, scrape in enumerate(scrapes, 1)]
     for is_late, group in itertools.groupby(looks, key=lambda look: look[1]):
         times = [at for at, _ in group]
         if is_late and times[-1] - times[0] >= 120 / HURRY:
@@ -299,7 +299,7 @@ def _is_late(scrapes: Sequence[Scrape]) -> bool:
     It is where fewer than 95 of 100 waits that ended in this minute, hurried, lasted a second at most.
     """
     last = scrapes[-1]
-    first = next(one for one in scrapes if one.time >= last.time - 60 / HURRY)
+    first = next(scrape for scrape in scrapes if scrape.time >= last.time - 60 / HURRY)
     ended, in_time = (
         last[name] - first[name] for name in ("wait_seconds_count", "waits_within_a_second")
     )
@@ -313,9 +313,9 @@ def _draw(runs: dict[str, list[Scrape]], judge: str) -> Picture:
         grid: Any = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
         for (name, label, least), line in zip(rows, grid, strict=True):
             line[0].set_ylabel(label)
-            top = max([least, *(one[name] for run in runs.values() for one in run)])
+            top = max([least, *(scrape[name] for run in runs.values() for scrape in run)])
             for axes, run in zip(line, runs.values(), strict=True):
-                _curve(axes, [(one.time - run[0].time, one[name]) for one in run])
+                _curve(axes, [(scrape.time - run[0].time, scrape[name]) for scrape in run])
                 axes.set_ylim(0, top * 1.1)
         for column, pool in enumerate(runs):
             grid[0][column].set_title(pool)
@@ -323,8 +323,8 @@ def _draw(runs: dict[str, list[Scrape]], judge: str) -> Picture:
             grid[1][column].set_xlabel("seconds since the first scrape")
         grid[1][len(runs) // 2].annotate("alert above 1 s", (0, 1.1), color=FAILED, weight="bold")
     alternative = "; ".join(
-        f"{pool}: up to {max(one['waiting'] for one in run):.0f} tasks waiting, the oldest for up to"
-        f" {max(one['oldest_wait_seconds'] for one in run):.1f} s"
+        f"{pool}: up to {max(scrape['waiting'] for scrape in run):.0f} tasks waiting, the oldest for up to"
+        f" {max(scrape['oldest_wait_seconds'] for scrape in run):.1f} s"
         for pool, run in runs.items()
     )
     title = " | ".join(runs)
