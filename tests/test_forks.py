@@ -39,7 +39,7 @@ def surroundings() -> dict[str, Any]:
         "folder": os.getcwd(),
         "variable": os.environ.get("A_VARIABLE_OF_THIS_TEST"),
         "path": list(sys.path),
-        "leader": os.getpid() == os.getsid(0) if os.name == "posix" else None,
+        "leader": os.getpid() == os.getpgid(0) if os.name == "posix" else None,
         "streams": [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)],
     }
 

@@ -317,6 +317,33 @@ def synchronous() -> int:
     return os.getpid()
 
 
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def starts_a_process(**options: Any) -> int:
+    """It has the ends of the run's pipes, as one of a ProcessPoolExecutor has."""
+    return subprocess.Popen(SLEEPER, **options).pid
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and not has_ended(psutil.Process(pid))
+
+
+def test_what_a_run_has_started_ends_with_it() -> None:
+    recording = observe(starts_a_process, live=False)
+    assert recording.ended == "returned"
+    assert await_that(lambda: not runs(recording.result), 5)
+
+
+def test_a_process_that_has_left_the_group_is_not_waited_for() -> None:
+    before = time.monotonic()
+    recording = observe(starts_a_process, live=False, start_new_session=True)
+    lasted = time.monotonic() - before
+    assert runs(recording.result)
+    os.kill(recording.result, signal.SIGKILL)
+    assert recording.ended == "returned" and lasted < 20
+
+
 def test_an_ordinary_function_runs_in_another_process() -> None:
     assert observe(synchronous, live=False).result != os.getpid()
 

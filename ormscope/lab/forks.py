@@ -7,6 +7,7 @@ not bear a fork without an exec, and Windows has none.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -36,7 +37,7 @@ class Process(Protocol):
     stderr: BinaryIO
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, and with it all that it has started, but for what has left its group."""
 
     def wait(self) -> int:
         """Wait for its end."""
@@ -66,8 +67,8 @@ class Forked:
         self.stderr: BinaryIO = os.fdopen(ours[2], "rb")
 
     def kill(self) -> None:
-        """End it at once. Its number is its own until `wait`, for nobody else may learn of its end before."""
-        os.kill(self.pid, 9)
+        """End it and its group. Its number is its own until `wait`, for nobody else may learn of its end before."""
+        os.killpg(self.pid, 9)
 
     def wait(self) -> int:
         """Wait for its end; return what `os.waitpid` says of it."""
@@ -121,6 +122,17 @@ class ForkServer:
         return int(answer)
 
 
+class _Spawned(subprocess.Popen[bytes]):
+    def kill(self) -> None:
+        """End it and its group; on Windows it alone, for there an interrupt is all that a group can be sent."""
+        if sys.platform == "win32":
+            super().kill()
+        else:
+            # macOS forbids it where only the remains of a process that has ended are left.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, 9)
+
+
 def spawned() -> Process:
     """A Process that is started in the ordinary way."""
     # A group of its own: an interrupt is for the parent to judge, which wants to hear the last words.
@@ -128,7 +140,7 @@ def spawned() -> Process:
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
         detached = {"creationflags": flags}
-    process = subprocess.Popen(
+    process = _Spawned(
         [sys.executable, "-c", _BOOTSTRAP.format("main")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -166,11 +178,12 @@ def serve_forks() -> None:
         pid = os.fork()
         if pid == 0:
             channel.close()
-            os.setsid()
+            os.setpgid(0, 0)
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
             return
+        os.setpgid(pid, pid)  # whoever comes first: it may be killed before it has begun
         for stream in streams:
             os.close(stream)
         channel.send(str(pid).encode())

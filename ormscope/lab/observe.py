@@ -131,26 +131,27 @@ def _started(sent: bytes) -> Iterator[Process]:
     finally:
         process.kill()
         process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
 
 def _messages(process: Process) -> queue.SimpleQueue[_Message]:
-    """What the process reports and prints, in one queue; each of the two streams ends with its own message."""
+    """What the process reports and prints, in one queue; each of the two streams ends with its own message.
+
+    Who reads a stream closes it: what the run has started may outlive it, with the other end in its hands, and until
+    then to close it would mean to wait.
+    """
     messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
 
     def read_reports(stream: BinaryIO) -> None:
-        while True:
-            try:
+        # The end, or a message cut short by the end of the process.
+        with stream, contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
                 messages.put(pickle.load(stream))
-            except (EOFError, pickle.UnpicklingError, ValueError, OSError):
-                # The end, or a message cut short by the end of the process.
-                messages.put(("reports ended", None))
-                return
+        messages.put(("reports ended", None))
 
     def read_prints(stream: BinaryIO) -> None:
-        with contextlib.suppress(ValueError, OSError):
+        with stream:
             for line in stream:
                 messages.put(("printed", line.decode(errors="replace")))
         messages.put(("prints ended", None))
