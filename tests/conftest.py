@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from environments import ROOT, run_uv
@@ -51,13 +52,11 @@ def _skip_on_uvloop(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what has to run in one process, and leave out what was not asked for."""
+    """Leave out what a quick run does not ask for."""
     if config.getoption("--quick"):
         chosen = [item for item in items if _is_quick(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
 
 
 def _is_quick(item: pytest.Item) -> bool:
@@ -65,11 +64,23 @@ def _is_quick(item: pytest.Item) -> bool:
     return is_first or item.get_closest_marker("quick") is not None
 
 
-def _group_of(item: pytest.Item) -> str:
-    """The cells of a notebook share a kernel, and the tests of a module what is made once for them."""
-    fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-    shares = any(known[-1].scope == "module" for known in fixtures.values())
-    return item.location[0] if shares or not isinstance(item, pytest.Function) else item.nodeid
+# Tests that share nothing, in modules that would take long in one process.
+_EACH_BY_ITSELF = ("tests/test_exercises.py::", "tests/test_notebooks.py::test_second_engine")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What runs in one process: the cells of a notebook, which share a kernel, and most modules, for their fixtures.
+
+    (xdist's own groups cannot tell: they are written into names that pytest 9.2 does not let be changed.)
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(_EACH_BY_ITSELF) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture
