@@ -43,7 +43,7 @@ SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
 COMMANDS = {
-    # Three side by side, for most of the time each waits; what belongs together stays in one process (tests/conftest.py).
+    # Three side by side, for most of the time each waits; tests/conftest.py says what stays together.
     "test": ["pytest", "--numprocesses=3", "--dist=loadfile"],
     "run": ["workshop.notebooks", "run"],
     "refresh": ["workshop.notebooks", "refresh"],
