@@ -266,6 +266,13 @@ def test_what_the_function_prints_is_shown(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == "here\n" * 12 + limit
 
 
+def test_what_is_logged_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a driver's complaint of a connection that was cut off, which comes in one run of many."""
+    source = "__import__('logging').error('cut off'); await reuse(Session, number, sku)"
+    assert TASK.check(written(source, MODULE, TASK)).kind == "right"
+    assert capsys.readouterr().out == ""
+
+
 def test_a_comment_is_no_attempt() -> None:
     given = exercises.given_functions("01")["place_order"]
     body = "\n".join(map(ast.unparse, given.body)).replace("\n", "\n    ")
