@@ -150,7 +150,7 @@ def _ours(
     holders: dict[int, Holder] = {}
     scopes: dict[int, PoolScope] = {}
     idle: dict[int, Holder | None] = {}
-    for other in list(proof.scopes):
+    for other in proof.scopes():
         if other is scope or _address(other) == _address(scope):
             held = {pid_of(holder.handle()): holder for holder in other.holders}
             holders |= held
@@ -227,7 +227,7 @@ def joined(seen: Backends, pid: int) -> Session:
         return session
     queued = {
         who: (scope.name, waiter)
-        for scope in list(proof.scopes)
+        for scope in proof.scopes()
         for who, waiter in list(scope.ledger.waiters.items())
         if waiter.waits(time.perf_counter())
     }

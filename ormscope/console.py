@@ -334,7 +334,7 @@ class Console:
 
     def _shown(self) -> list[PoolScope]:
         """The scopes that watch, or have failed; not those that were closed."""
-        watching = list(proof.scopes)
+        watching = proof.scopes()
         if not self._scopes:
             self._seen.update(watching)
         shown = [scope for scope in list(self._seen) if scope in watching or scope.failure]

@@ -177,7 +177,7 @@ def _unregister(signum: int) -> None:
 
 def _reports() -> str:
     """The reports of all scopes, and where the main thread stands."""
-    scopes = sorted(proof.scopes, key=lambda scope: scope.name)
+    scopes = sorted(proof.scopes(), key=lambda scope: scope.name)
     now = time.strftime("%Y-%m-%d %H:%M:%S%z")
     found = running_places(threading.main_thread().ident or 0)
     stands = f"main thread at {place(found[0])}" if found else "main thread in no code of the user"

@@ -104,7 +104,7 @@ class PoolScope:
             if part in self.lacking:
                 name = self.lacking[part]
                 logger.warning("PoolScope %r works without %s: %s is gone", self.name, part, name)
-        proof.scopes.add(self)
+        proof.register(self)
         attach(self, self.engine)
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class PoolScope:
         if closed:
             return
         detach(self, self.engine)
-        proof.scopes.discard(self)
+        proof.unregister(self)
         self.proof = self._last = None
         with self.ledger.lock:
             self.ledger.holders.clear()
@@ -576,7 +576,7 @@ def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
 
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:
     """The names of the scopes of these pools, which are given by their ids."""
-    return tuple(sorted(scope.name for scope in list(proof.scopes) if id(scope.pool) in pools))
+    return tuple(sorted(scope.name for scope in proof.scopes() if id(scope.pool) in pools))
 
 
 def _queued_anywhere() -> dict[TaskOrThread, tuple[str, Waiter]]:
@@ -584,7 +584,7 @@ def _queued_anywhere() -> dict[TaskOrThread, tuple[str, Waiter]]:
     now = time.perf_counter()
     return {
         who: (scope.name, waiter)
-        for scope in list(proof.scopes)
+        for scope in proof.scopes()
         for who, waiter in list(scope.ledger.waiters.items())
         if waiter.waits(now)
     }

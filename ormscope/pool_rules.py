@@ -92,7 +92,8 @@ class PoolRules:
         self._checkouts: list[_Checkout] = []
         self._lost: list[_Checkout] = []
         self._lost_told = 0
-        self.loop_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        # Replaced, never changed: it is asked in a thread of its own.
+        self.loop_threads: frozenset[threading.Thread] = frozenset()
         self._lock = threading.RLock()
         self._in_call = False
         self._since = 0.0
@@ -183,7 +184,7 @@ class PoolRules:
                 self._checkouts = [checkout for checkout in self._checkouts if not checkout.is_back]
             self._checkouts.append(_Checkout(holder, scope, fairy, self._lost))
             if internals.running_loop() is not None:
-                self.loop_threads.add(threading.current_thread())
+                self.loop_threads |= {threading.current_thread()}
                 limit = self.rules.held_across_await
                 if limit is not None and self._watch is None:
                     self._watch = _AwaitWatch(self, limit)

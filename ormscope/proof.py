@@ -46,7 +46,28 @@ _CALLBACK_NODES = 60
 
 _looking = threading.Lock()
 
-scopes: weakref.WeakSet[PoolScope] = weakref.WeakSet()
+# Replaced, never changed: a WeakSet cannot be listed in one thread while another adds to it.
+_registered: tuple[weakref.ref[PoolScope], ...] = ()
+_registering = threading.Lock()
+
+
+def scopes() -> list[PoolScope]:
+    """All scopes of this process that watch an engine; asked from any thread."""
+    return [scope for reference in _registered if (scope := reference()) is not None]
+
+
+def register(scope: PoolScope) -> None:
+    """Let a scope be one of those that are asked for what they know."""
+    global _registered
+    with _registering:
+        _registered = (*map(weakref.ref, scopes()), weakref.ref(scope))
+
+
+def unregister(scope: PoolScope) -> None:
+    """Leave a scope out from now on."""
+    global _registered
+    with _registering:
+        _registered = tuple(weakref.ref(other) for other in scopes() if other is not scope)
 
 
 @dataclass(eq=False)
@@ -108,7 +129,7 @@ def ignore(who: TaskOrThread, holds: bool) -> None:
 
 def _look(loop: asyncio.AbstractEventLoop, soon: bool) -> bool | None:
     """Look from a loop's own thread, between two of its steps."""
-    watched = list(scopes)
+    watched = scopes()
     try:
         if not any(
             isinstance(who, asyncio.Task) and who.get_loop() is loop
@@ -151,7 +172,7 @@ class _ThreadWatch:
     def _run(self) -> None:
         while True:
             time.sleep(_PAUSE)
-            watched = list(scopes)
+            watched = scopes()
             with self._lock:
                 if not any(
                     isinstance(who, threading.Thread)
@@ -388,7 +409,7 @@ def _examine(suspicion: _Suspicion, watched: list[PoolScope]) -> _Finding:
 
 
 def _investigate(suspicion: _Suspicion, loop: asyncio.AbstractEventLoop | None) -> None:
-    watched = list(scopes)
+    watched = scopes()
     try:
         finding = _examine(suspicion, watched)
         if not finding.parts:
@@ -415,7 +436,7 @@ def _confirm_on(loop: asyncio.AbstractEventLoop, finding: _Finding) -> None:
 
 def _confirm(finding: _Finding) -> None:
     """Look again, on the loop, where nothing moves: what has not moved since is proved."""
-    watched = list(scopes)
+    watched = scopes()
     try:
         if not finding.exact:
             members = {member for part in finding.parts for member in part.members}
@@ -444,7 +465,7 @@ def _unmoved(finding: _Finding, watched: list[PoolScope]) -> list[Stuck]:
 
 def prove_now() -> None:
     """Try to prove a deadlock at once, for somebody who asks for a verdict."""
-    watched = list(scopes)
+    watched = scopes()
     suspicion = _suspect(watched, watched)
     if suspicion is None:
         return
@@ -471,12 +492,12 @@ def declare(
     server_limits: tuple[str, ...] = (),
 ) -> None:
     """Tell each scope whose pool is part of a proved deadlock, and who of it waits in the server."""
-    timers, above = timers_of(stuck, waits_of(list(scopes)))
+    timers, above = timers_of(stuck, waits_of(scopes()))
     about = frozenset(map(id, stuck.about))
     with _declaring:
         told = [
             scope
-            for scope in list(scopes)
+            for scope in scopes()
             if any(id(waiter.pool) in about for waiter in list(scope.ledger.waiters.values()))
             and (scope.proof is None or (scope.proof.is_timed and not timers and not server_limits))
         ]
@@ -488,7 +509,7 @@ def declare(
         proof = Proof(pools, members, timers, above, about, waiting, server_limits)
         statements = [
             holder
-            for scope in list(scopes)
+            for scope in scopes()
             for holder in scope.holders
             if holder.statements and holder.last_user.subject in waiting
         ]
@@ -505,7 +526,7 @@ def declare(
 
 def withdraw(is_broken: Callable[[Proof], bool]) -> None:
     """Tell each scope whose proof does not hold any more."""
-    for scope in list(scopes):
+    for scope in scopes():
         found = scope.proof
         if found is not None and is_broken(found):
             found.broken_at = time.perf_counter()
@@ -543,7 +564,7 @@ def _patience_of(members: Collection[TaskOrThread]) -> float:
     return min(
         (
             waiter.since + scope.timeout - now
-            for scope in list(scopes)
+            for scope in scopes()
             if scope.timeout is not None
             for who, waiter in list(scope.ledger.waiters.items())
             if who in members

@@ -207,7 +207,7 @@ def _report(scope: PoolScope, answer: _Answer) -> ServerReport:
         if scope.pool not in deadlock.stuck.about:
             continue
         pids = deadlock.pids
-        timers, waking = proof.timers_of(deadlock.stuck, proof.waits_of(list(proof.scopes)))
+        timers, waking = proof.timers_of(deadlock.stuck, proof.waits_of(proof.scopes()))
         ends = [*limits, *time_limits(timers)]
         above = [f"{limit}, whose task may cancel one of them," for limit in time_limits(waking)]
     sessions: dict[int, Session] = {}

@@ -54,7 +54,7 @@ def deadlocks_in(seen: Backends) -> list[Deadlock]:
     """What looks stuck, each part by itself, and only where the server has a part in it."""
     edges = edges_of(seen)
     found = []
-    for stuck in find_stuck_parts(proof.waits_of(list(proof.scopes), dict(edges.values()))):
+    for stuck in find_stuck_parts(proof.waits_of(proof.scopes(), dict(edges.values()))):
         waiting = {pid for pid, (who, _) in edges.items() if who in stuck.members}
         if waiting:
             blockers = {blocker for pid in waiting for blocker in seen.sessions[pid].blockers}
@@ -107,7 +107,7 @@ class Suspicion:
         return deadlocks_in(again)
 
     def _nothing_returned_to(self, stuck: Stuck) -> bool:
-        now = proof.returned_to(list(proof.scopes), stuck.pools)
+        now = proof.returned_to(proof.scopes(), stuck.pools)
         return all(self.returned.get(key) == count for key, count in now.items())
 
     def _is_quiet(self, stuck: Stuck) -> bool:
@@ -123,7 +123,7 @@ def suspect(seen: Backends) -> Suspicion | None:
     first = deadlocks_in(seen)
     if not first:
         return None
-    watched = list(proof.scopes)
+    watched = proof.scopes()
     pools = {pool for deadlock in first for pool in deadlock.stuck.pools}
     returned = proof.returned_to(watched, pools)
     holders = [holder for scope in watched for holder in scope.holders if holder.pool in pools]

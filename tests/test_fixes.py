@@ -246,7 +246,7 @@ def at(request: pytest.FixtureRequest, url: str) -> Setting:
 def nothing_left() -> Iterator[None]:
     """The scopes of one test are of no concern to the next."""
     yield
-    for scope in list(proof.scopes):
+    for scope in proof.scopes():
         scope.close()
 
 

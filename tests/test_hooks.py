@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
-from ormscope import PoolScope
+from ormscope import PoolScope, proof
 from ormscope.ledger import Ledger
 from workshop.database import Server
 
@@ -327,3 +327,33 @@ def test_a_connect_that_fails_in_a_listener_counts_once(url: str) -> None:
         await engine.dispose()
 
     run(main())
+
+
+def test_scopes_come_and_go_while_another_thread_asks_for_all() -> None:
+    """A thread that proves a deadlock of one engine lists all scopes, while others are made and closed."""
+    over, failures = threading.Event(), []
+    kept = [PoolScope(create_engine("sqlite://")) for _ in range(50)]
+
+    def ask() -> None:
+        try:
+            while not over.is_set():
+                proof.scopes()
+        except RuntimeError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asking.start()
+        for _ in range(300):
+            PoolScope(create_engine("sqlite://")).close()
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        asking.join()
+    assert not failures
+    assert set(kept) <= set(proof.scopes())
+    for scope in kept:
+        scope.close()
+    assert not set(kept) & set(proof.scopes())

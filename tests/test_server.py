@@ -36,7 +36,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scopes of one test are of no concern to the next; a machine that is busy may take its time to answer."""
     monkeypatch.setattr(asking, "_SECONDS", PATIENCE)
     yield
-    for scope in list(proof.scopes):
+    for scope in proof.scopes():
         scope.close()
 
 
@@ -79,7 +79,7 @@ async def update(engine: AsyncEngine, lock: TextClause) -> None:
 
 def locked_out(engine: AsyncEngine) -> int:
     """How many connections have a statement in progress."""
-    (scope,) = [each for each in proof.scopes if each.engine is engine.sync_engine]
+    (scope,) = [each for each in proof.scopes() if each.engine is engine.sync_engine]
     return sum(holder.statements for holder in scope.holders)
 
 
@@ -570,7 +570,7 @@ def test_two_deadlocks_are_two(server: Server) -> None:
         shop, of_shop = pool_of_three(server.url)
         limits = {"server_settings": {"lock_timeout": "61s"}}
         stock, _ = pool_of_three(server.url, connect_args=limits)
-        of_stock = next(it for it in proof.scopes if it.engine is stock.sync_engine)
+        of_stock = next(it for it in proof.scopes() if it.engine is stock.sync_engine)
         of_stock.name = "stock"
         other = text("select pg_advisory_xact_lock(4712)")
         async with (
