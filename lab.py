@@ -42,9 +42,10 @@ INSTALLED = VENV / "installed.stamp"  # written last: an environment without it 
 SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
+# Tests side by side, as tests/conftest.py groups them: for what does not measure time.
+SIDE_BY_SIDE = ["--numprocesses=3", "--dist=loadfile"]
 COMMANDS = {
-    # Three side by side, for most of the time each waits; tests/conftest.py says what stays together.
-    "test": ["pytest", "--numprocesses=3", "--dist=loadfile"],
+    "test": ["pytest"],
     "run": ["workshop.notebooks", "run"],
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],
@@ -104,6 +105,8 @@ def main(arguments):
     if not is_installed():
         install()
     lock_environment()
+    if command == "test" and "--quick" in options:
+        options += SIDE_BY_SIDE
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
     return check_server() or hand_over(["-m", "workshop.jupyter", *options])
