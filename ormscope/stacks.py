@@ -36,7 +36,6 @@ from ormscope.owners import TaskOrThread
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _FRAME = ("cr_frame", "gi_frame", "ag_frame")
-_AWAITED = ("cr_await", "gi_yieldfrom", "ag_await")
 
 
 def is_sleeping(task: asyncio.Task[Any]) -> bool:
@@ -179,8 +178,16 @@ if sys.version_info < (3, 13):
 
 def awaited_step(step: Any) -> Any:
     """The coroutine or generator that another one awaits; None at the end of the chain."""
-    if isinstance(step, _STEPS):
-        return _first(step, _AWAITED)
+    # Python 3.11 would return what lies at the place of the awaited one, and crash, where a step is being run by another
+    # thread. Between the two looks stands no call, at which that thread could be let in.
+    if isinstance(step, CoroutineType):
+        return None if step.cr_running else step.cr_await
+    if isinstance(step, GeneratorType):
+        return None if step.gi_running else step.gi_yieldfrom
+    if isinstance(step, AsyncGeneratorType):
+        # `ag_running` is also true of one that awaits; what runs has a caller.
+        frame = step.ag_frame
+        return None if frame is not None and frame.f_back is not None else step.ag_await
     # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
     return next((held for held in gc.get_referents(step) if isinstance(held, _STEPS)), None)
 
