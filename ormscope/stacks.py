@@ -178,8 +178,8 @@ if sys.version_info < (3, 13):
 
 def awaited_step(step: Any) -> Any:
     """The coroutine or generator that another one awaits; None at the end of the chain."""
-    # Python 3.11 would return what lies at the place of the awaited one, and crash, where a step is being run by another
-    # thread. Between the two looks stands no call, at which that thread could be let in.
+    # Where another thread runs a step, Python 3.11 would return what lies at the place of the awaited one, and crash.
+    # Between the two looks stands no call, at which that thread could be let in.
     if isinstance(step, CoroutineType):
         return None if step.cr_running else step.cr_await
     if isinstance(step, GeneratorType):
