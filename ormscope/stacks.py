@@ -194,12 +194,7 @@ def awaited_step(step: Any) -> Any:
 
 def frame_of(step: Any) -> FrameType | None:
     """The frame of a coroutine or generator; None once it has ended."""
-    frame: FrameType | None = _first(step, _FRAME)
-    return frame
-
-
-def _first(step: Any, names: tuple[str, ...]) -> Any:
-    return next((getattr(step, name) for name in names if hasattr(step, name)), None)
+    return next((getattr(step, name) for name in _FRAME if hasattr(step, name)), None)
 
 
 def _down_from(frame: FrameType | None) -> list[FrameType]:
