@@ -18,7 +18,7 @@ from ormscope import internals
 from ormscope.internals import awaited_future
 from ormscope.owners import TaskOrThread, name_of
 from ormscope.places import NOWHERE, Place, is_library, is_users, place
-from ormscope.stacks import sleeping_frames, steps_of
+from ormscope.stacks import locals_of, sleeping_frames, steps_of
 from ormscope.waitgraph import awaited_tasks
 
 _SQLALCHEMY = os.path.join(os.path.dirname(sqlalchemy.__file__), "")
@@ -104,7 +104,7 @@ def _foreign_wait(
 
 def _owner_of_lock(subject: TaskOrThread, frames: list[FrameType]) -> str:
     """The name of the task that has entered `async with lock`, where exactly one can be seen to have; else nothing."""
-    lock = frames[-1].f_locals.get("self") if frames else None
+    lock = locals_of(frames[-1]).get("self") if frames else None
     if not isinstance(lock, asyncio.Lock) or not isinstance(subject, asyncio.Task):
         return ""
     inside = []
