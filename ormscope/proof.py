@@ -443,7 +443,7 @@ def _confirm(finding: _Finding) -> None:
             tasks = [member for member in members if isinstance(member, asyncio.Task)]
             look_for_users(finding.suspicion.holders, tasks)
         for part in _unmoved(finding, watched):
-            if not is_being_woken(part):  # its pool_timeout may be up at this very moment
+            if not is_being_woken(part):
                 declare(part)
     except Exception as error:
         _step_aside(watched, error)
@@ -679,7 +679,12 @@ def _limits_on(step: Any) -> dict[object, float]:
 
 
 def is_being_woken(stuck: Stuck) -> bool | None:
-    """Whether something that a loop is about to do concerns those who seem stuck; None where a loop does not tell."""
+    """Whether something that a loop is about to do concerns those who seem stuck; None where a loop does not tell.
+
+    Or whether the pool's own time limit is up, of which a thread cannot be seen to have woken.
+    """
+    if _patience_of(stuck.members) <= 0:
+        return True
     members = [member for member in stuck.members if isinstance(member, asyncio.Task)]
     targets = {id(member) for member in members}
     targets |= {id(internals.last_awaited(member)) for member in members}

@@ -429,9 +429,11 @@ class Machine:
         for task in self.tasks:
             self.outcome(None if task.cancelled() else task.exception(), task.cancelled())
         self.tasks.clear()
-        gc_needed = any(scope.pool.checkedout() for scope in self.scopes)  # type: ignore[attr-defined]
-        if gc_needed:
+        del task  # whose exception has the frames that it passed, and what they hold
+        if self.is_out():
             gc.collect()
+        while self.is_out() and time.perf_counter() < until + 2 * PATIENCE:
+            await asyncio.sleep(0.01)  # a shielded close outlives a task that is cancelled twice
         self.end()
         for engine in self.engines:
             await engine.dispose()
@@ -455,13 +457,18 @@ class Machine:
         for engine in self.engines:
             engine.dispose()
 
+    def is_out(self) -> bool:
+        """Whether a connection is not back in its pool."""
+        return any(scope.pool.checkedout() for scope in self.scopes)  # type: ignore[attr-defined]
+
     def end(self) -> None:
         """Whether all is as it was, and the scopes saw it to the end."""
         for scope in self.scopes:
             if scope.failure:
                 self.failures.append(f"{scope.name} has stepped aside: {scope.failure}")
             elif scope.pool.checkedout() or scope.holders or scope.waiters:  # type: ignore[attr-defined]
-                self.failures.append(f"{scope.name}: not all connections are back")
+                out = scope.pool.checkedout()  # type: ignore[attr-defined]
+                self.failures.append(f"{scope.name}: {out} not back:\n{scope.report()}")
             elif scope.deadlock_count and not self.told:
                 self.failures.append(f"{scope.name}: proved, and told nobody")
             scope.close()
@@ -852,7 +859,9 @@ class Figures:
         )
         self.counts.update({f"asked: {cause}": n for cause, n in report.machine.causes.items()})
         for kind, what in report.wrong.items():
-            self.failing[kind][report.system.number] = what
+            # One that is missed is run again; what else is wrong may never be so again.
+            shown = what if kind == "missed" else f"{what}\n{report}"
+            self.failing[kind][report.system.number] = shown
 
     def __iadd__(self, other: Figures) -> Figures:
         self.counts.update(other.counts)
