@@ -430,10 +430,10 @@ class Machine:
             self.outcome(None if task.cancelled() else task.exception(), task.cancelled())
         self.tasks.clear()
         del task  # whose exception has the frames that it passed, and what they hold
-        if self.is_out():
-            gc.collect()
+        # A shielded close outlives a task that is cancelled twice; then its connection may be garbage.
         while self.is_out() and time.perf_counter() < until + 2 * PATIENCE:
-            await asyncio.sleep(0.01)  # a shielded close outlives a task that is cancelled twice
+            gc.collect()
+            await asyncio.sleep(0.1)
         self.end()
         for engine in self.engines:
             await engine.dispose()
