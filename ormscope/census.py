@@ -12,13 +12,10 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import (
-    AsyncGeneratorType,
     BuiltinFunctionType,
     CellType,
-    CoroutineType,
     FrameType,
     FunctionType,
-    GeneratorType,
     GetSetDescriptorType,
     MemberDescriptorType,
     MethodType,
@@ -41,7 +38,7 @@ from sqlalchemy.util import ScopedRegistry
 from ormscope import internals, orm_internals
 from ormscope.orm_internals import state_of
 from ormscope.places import is_user_code, place
-from ormscope.stacks import calling_frames, locals_of
+from ormscope.stacks import STEPS, calling_frames, down_from, frame_of, locals_of
 
 Kind = Literal[
     "new", "modified", "deleted", "scoped registry", "variable", "collection", "result",
@@ -79,7 +76,6 @@ _BLIND: dict[orm_internals.Part, str] = {
     "callbacks": "what an event loop is to call",
     "outputs": "which results the notebook keeps because a cell has shown them (Out)",
 }
-_STEP_FRAME = {CoroutineType: "cr_frame", GeneratorType: "gi_frame", AsyncGeneratorType: "ag_frame"}
 _MOST_LEVELS = 15  # of holders above an object; each costs one look at the whole heap
 _TOGETHER = 64  # objects that are looked at in one call
 _NEVER_FROZEN = 1000  # Python 3.12 has a few hundred objects there that nobody has frozen
@@ -176,7 +172,7 @@ _ROLES: tuple[tuple[_Role, type], ...] = (
     ("class", type),
     ("function", FunctionType),
     ("frame", FrameType),
-    *(("step", kind) for kind in _STEP_FRAME),
+    *(("step", kind) for kind in STEPS),
     *(("result", kind) for kind in (Result, AsyncResult, AsyncScalarResult)),
     ("registry", ScopedRegistry),
     ("context", contextvars.Context),
@@ -597,10 +593,7 @@ def _frames(greenlets: Iterable[Any]) -> list[FrameType]:
     """The frames that run now or wait in a greenlet, innermost first."""
     frames = calling_frames()
     for waiting in greenlets:
-        frame = greenlet.greenlet.gr_frame.__get__(waiting)
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
+        frames += reversed(down_from(greenlet.greenlet.gr_frame.__get__(waiting)))
     return frames
 
 
@@ -634,7 +627,7 @@ def _namespaces(types: _Types) -> tuple[dict[int, str], Any]:
 
 def _in_step(held: Any, step: Any) -> _Root | None:
     """The root that a coroutine or generator of the user is, where it waits; None for one of a library."""
-    frame = getattr(step, _STEP_FRAME[type(step)])
+    frame = frame_of(step)
     if frame is None or not is_user_code(frame.f_code.co_filename):
         return None
     if type(held) is FunctionType and held.__code__ is frame.f_code:

@@ -236,6 +236,7 @@ def awaited_by_as_completed(
     caller: FrameType | None,
     variables: Callable[[FrameType], dict[str, Any]],
     referents: Callable[[Any], Iterable[Any]],
+    frame_of: Callable[[Any], FrameType | None],
 ) -> Together | None:
     """What `asyncio.as_completed` waits for in `frame`, which `caller` awaits; None if it does not."""
     if (
@@ -247,8 +248,9 @@ def awaited_by_as_completed(
     if "self" in found:  # from Python 3.13 on
         return Together(list(found["self"]._todo), "any", _when(found["self"]._timeout_handle))
     for value in () if caller is None else referents(caller):
-        inner = getattr(value, "gi_frame", None)
-        if inner is not None and inner.f_code is asyncio.as_completed.__code__:
+        is_iterator = getattr(value, "gi_code", None) is asyncio.as_completed.__code__
+        inner = frame_of(value) if is_iterator else None
+        if inner is not None:
             todo = variables(inner)
             if todo.get("done") is found.get("done"):
                 return Together(list(todo["todo"]), "any", _when(todo.get("timeout_handle")))

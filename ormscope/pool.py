@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -34,6 +33,7 @@ from ormscope.places import (
 from ormscope.proof import Proof
 from ormscope.report import report_of
 from ormscope.server import ServerReport, ask
+from ormscope.stacks import thread_frames
 from ormscope.verdict import TROUBLES, Cause, Holding, Snapshot, Verdict, Waiting, judge
 
 # The look for a deadlock is also the loop's heartbeat. A storm's first step may take a quarter of a second.
@@ -568,10 +568,8 @@ def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
     task = asyncio.current_task(loop)
     if task is not None:
         return id(task)
-    frame = sys._current_frames().get(thread)
-    while frame is not None and frame.f_code is not internals.LOOP_STEP:
-        frame = frame.f_back
-    return id(frame)
+    steps = (frame for frame in thread_frames(thread) if frame.f_code is internals.LOOP_STEP)
+    return id(next(steps, None))
 
 
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:

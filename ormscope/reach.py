@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from types import (
     AsyncGeneratorType,
     BuiltinFunctionType,
@@ -42,7 +43,15 @@ from sqlalchemy.pool import Pool
 from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of
 from ormscope.loops import known_loops
 from ormscope.owners import Owner, TaskOrThread
-from ormscope.stacks import awaited_step, frame_of, greenlet_frames, locals_of, steps_of
+from ormscope.stacks import (
+    awaited_step,
+    down_from,
+    frame_of,
+    frames_of_threads,
+    greenlet_frames,
+    locals_of,
+    steps_of,
+)
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _LISTS = (list, tuple, set, frozenset, deque)
@@ -307,13 +316,13 @@ class _Search:
             self._stacks = {}
             running = {ident: asyncio.current_task(loop) for loop, ident in known_loops()}
             threads = {thread.ident: thread for thread in threading.enumerate()}
-            for ident, frame in sys._current_frames().items():
+            for ident, frames in frames_of_threads().items():
                 # Our own threads have in their variables what they search for.
                 if ident in threads and not threads[ident].name.startswith(_OUR_THREADS):
-                    self._note_stack(_skip_ours(frame), threads[ident], running.get(ident))
+                    self._note_stack(frames, threads[ident], running.get(ident))
             me = threading.current_thread()
-            for frame in _parents_of_greenlet():
-                self._note_stack(_skip_ours(frame), me, running.get(me.ident or 0))
+            for frames in _parents_of_greenlet():
+                self._note_stack(frames, me, running.get(me.ident or 0))
             for loop, _ in known_loops():
                 for task in asyncio.all_tasks(loop):
                     for _, own in steps_of(task):
@@ -322,19 +331,19 @@ class _Search:
         return self._stacks
 
     def _note_stack(
-        self, frame: FrameType | None, thread: threading.Thread, task: asyncio.Task[Any] | None
+        self, frames: list[FrameType], thread: threading.Thread, task: asyncio.Task[Any] | None
     ) -> None:
-        while frame is not None:
+        # Those that look now, at the end of it, have in their variables what they look for.
+        for frame in dropwhile(_is_our_frame, reversed(frames)):
             # Within the loop's step, the functions are those of the task that runs now.
             if frame.f_code is LOOP_STEP or frame.f_code is LOOP_RUN:
                 task = None
             self._note_variables(frame, thread if task is None else task)
-            frame = frame.f_back
 
     def _note_variables(self, frame: FrameType, subject: TaskOrThread) -> None:
         assert self._stacks is not None
         self._stacks.setdefault(id(frame), set()).add(subject)
-        if frame.f_globals.get("__package__") != __package__:
+        if not _is_our_frame(frame):
             for value in locals_of(frame).values():
                 self._stacks.setdefault(id(value), set()).add(subject)
 
@@ -383,20 +392,17 @@ def _let_others_run() -> None:
     time.sleep(0)
 
 
-def _parents_of_greenlet() -> list[FrameType]:
-    """The frames that wait for the greenlet which runs now."""
-    frames, parent = [], greenlet.getcurrent().parent
+def _parents_of_greenlet() -> list[list[FrameType]]:
+    """The stacks that wait for the greenlet which runs now, the frames of each outermost first."""
+    stacks, parent = [], greenlet.getcurrent().parent
     while parent is not None:
-        if parent.gr_frame is not None:
-            frames.append(parent.gr_frame)
+        stacks.append(down_from(parent.gr_frame))
         parent = parent.parent
-    return frames
+    return stacks
 
 
-def _skip_ours(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and frame.f_globals.get("__package__") == __package__:
-        frame = frame.f_back
-    return frame
+def _is_our_frame(frame: FrameType) -> bool:
+    return frame.f_globals.get("__package__") == __package__
 
 
 def _leads_on(held: Any) -> bool:
@@ -458,7 +464,7 @@ def _is_object(kind: type) -> bool:
 def _is_ours(referrer: Any) -> bool:
     module = type(referrer).__module__
     return (isinstance(module, str) and module.startswith("ormscope")) or (
-        type(referrer) is FrameType and referrer.f_globals.get("__package__") == __package__
+        type(referrer) is FrameType and _is_our_frame(referrer)
     )
 
 

@@ -25,6 +25,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import AsyncGeneratorType, CellType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
@@ -34,7 +35,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from ormscope import internals
 from ormscope.owners import TaskOrThread
 
-_STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
+STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _FRAME = ("cr_frame", "gi_frame", "ag_frame")
 
 
@@ -84,12 +85,19 @@ def greenlet_frames(frame: FrameType) -> list[FrameType]:
         return []
     # Asked from another thread, the task may have woken and gone on meanwhile.
     context = internals.greenlet_of(locals_of(frame))
-    return _down_from(context.gr_frame if context is not None else None)
+    return down_from(context.gr_frame if context is not None else None)
 
 
 def thread_frames(thread: int) -> list[FrameType]:
     """The frames of a thread, given by its identifier, at this moment, outermost first."""
-    return _down_from(sys._current_frames().get(thread))
+    with COLLECTOR_RESTS:
+        return down_from(sys._current_frames().get(thread))
+
+
+def frames_of_threads() -> dict[int, list[FrameType]]:
+    """The frames of all threads at this moment, outermost first, by the identifiers of the threads."""
+    with COLLECTOR_RESTS:
+        return {ident: down_from(frame) for ident, frame in sys._current_frames().items()}
 
 
 def calling_frames() -> list[FrameType]:
@@ -98,12 +106,12 @@ def calling_frames() -> list[FrameType]:
     Not ormscope's own: whoever keeps a reference to his own frame makes a cycle that only the collector can undo.
     """
     me = threading.get_ident()
-    frames = [*reversed(_down_from(_caller()))]
-    for ident in [ident for ident in sys._current_frames() if ident != me]:
-        frames += reversed(_down_from(sys._current_frames().get(ident)))
+    frames = [*reversed(down_from(_caller()))]
+    for ident, others in frames_of_threads().items():
+        frames += reversed(others) if ident != me else ()
     waiting = greenlet.getcurrent().parent
     while waiting is not None:
-        frames += reversed(_down_from(waiting.gr_frame))
+        frames += reversed(down_from(waiting.gr_frame))
         waiting = waiting.parent
     return frames
 
@@ -186,21 +194,53 @@ def awaited_step(step: Any) -> Any:
         return None if step.gi_running else step.gi_yieldfrom
     if isinstance(step, AsyncGeneratorType):
         # `ag_running` is also true of one that awaits; what runs has a caller.
-        frame = step.ag_frame
+        frame = frame_of(step)
         return None if frame is not None and frame.f_back is not None else step.ag_await
     # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
-    return next((held for held in gc.get_referents(step) if isinstance(held, _STEPS)), None)
+    return next((held for held in gc.get_referents(step) if isinstance(held, STEPS)), None)
 
 
 def frame_of(step: Any) -> FrameType | None:
     """The frame of a coroutine or generator; None once it has ended."""
-    return next((getattr(step, name) for name in _FRAME if hasattr(step, name)), None)
+    with COLLECTOR_RESTS:
+        return next((getattr(step, name) for name in _FRAME if hasattr(step, name)), None)
 
 
-def _down_from(frame: FrameType | None) -> list[FrameType]:
+def down_from(frame: FrameType | None) -> list[FrameType]:
     """A frame and all that called it, outermost first."""
     frames: list[FrameType] = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
+    with COLLECTOR_RESTS:
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
     return frames[::-1]
+
+
+class _CollectorRests:
+    """Keeps the garbage collector away while frames of other threads are looked up.
+
+    Until Python 3.12 to ask for a frame may make one, which may start a collection within that very step; what it
+    calls lets other threads run, and where one of these returns from the frame, that is made of freed memory, and the
+    process crashes. (`sys._current_frames` of CPython 3.12 does the same: gh-106883.)
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a collection that is going on may call us
+        self._inside = 0
+        self._was_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._was_on:
+                gc.enable()
+
+
+COLLECTOR_RESTS = nullcontext() if sys.version_info >= (3, 12) else _CollectorRests()

@@ -36,7 +36,7 @@ from sqlalchemy.pool import Pool
 from ormscope import internals
 from ormscope.internals import awaited_future
 from ormscope.owners import TaskOrThread
-from ormscope.stacks import locals_of, sleeping_frames, steps_of
+from ormscope.stacks import frame_of, locals_of, sleeping_frames, steps_of
 
 
 @dataclass(slots=True)
@@ -114,7 +114,9 @@ def _awaited_in_frames(
             return group
         waited = internals.awaited_by_wait(
             frame, locals_of, future
-        ) or internals.awaited_by_as_completed(frame, caller, locals_of, _referents(sleeper))
+        ) or internals.awaited_by_as_completed(
+            frame, caller, locals_of, _referents(sleeper), frame_of
+        )
         if waited is not None:
             found.wakes_at = waited.wakes_at
             found.passes_on = (

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbval_gate
 import pytest
 from environments import ROOT, run_uv
 
@@ -36,7 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run each `asyncio.run` on the loop that is asked for: the policy is the one way that Python 3.11 has, too."""
+    """Judge notebooks wherever they stand, and run each `asyncio.run` on the loop that is asked for.
+
+    The loop's policy is the one way that Python 3.11 has, too.
+    """
+    config.pluginmanager.register(nbval_gate)
     if config.getoption("--loop") == "uvloop":
         import uvloop
 
@@ -65,7 +70,18 @@ def _is_quick(item: pytest.Item) -> bool:
 
 
 # Tests that share nothing, in modules that would take long in one process.
-_EACH_BY_ITSELF = ("tests/test_exercises.py::", "tests/test_notebooks.py::test_second_engine")
+_EACH_BY_ITSELF = ("tests/test_exercises.py::",)
+
+# Tests that measure time, or count what is left on the machine: these run last, one by one, beside nothing.
+_ALONE = (
+    "tests/test_busy_storms.py",
+    "tests/test_cost.py",
+    "tests/test_exercises.py::test_checks_leave_nothing_running",
+    "tests/test_lab.py::test_interrupt",
+    "tests/test_notebooks.py::test_a_cell_that_hangs",
+    "tests/test_random_systems.py",
+    "tests/test_uvicorn.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,7 +94,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(_ALONE):
+                return ""
             return nodeid if nodeid.startswith(_EACH_BY_ITSELF) else nodeid.partition("::")[0]
+
+        def _assign_work_unit(self, node: Any) -> None:
+            if "" in self.workqueue:
+                self.workqueue.move_to_end("")
+            super()._assign_work_unit(node)
+
+        def _reschedule(self, node: Any) -> None:
+            if list(self.workqueue) != [""]:
+                super()._reschedule(node)
+                return
+            others = [other for other in self.nodes if other is not node]
+            if not others:
+                super()._reschedule(node)
+            elif self._pending_of(self.assigned_work[node]) <= 2 and not all(
+                other.shutting_down for other in others
+            ):
+                node.shutdown()
+
+        def remove_node(self, node: Any) -> Any:
+            crashed = super().remove_node(node)
+            for other in self.nodes:
+                self._reschedule(other)
+            return crashed
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -69,6 +69,84 @@ def test_a_step_that_runs_awaits_nobody(step: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "True\nNone\n'thrown'\n"), ended
 
 
+# Until Python 3.12 a frame that is asked for is made at that moment, and the collector may run within that step.
+_COLLECTED = """
+import gc
+import sys
+import threading
+from ormscope import stacks
+
+def deep(calls):
+    if calls:
+        return deep(calls - 1)
+    ready.set()
+    go.wait()
+
+def generator():
+    deep(5)
+    yield
+
+def work():
+    global step
+    step = generator()
+    next(step)
+    step = None
+
+def end_the_thread(phase, _):
+    if phase == "start" and not go.is_set():
+        go.set()
+        thread.join()
+        global other
+        other = [bytearray(500) for _ in range(1000)]
+
+found = set()
+for objects in range(1, 60):
+    ready, go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    gc.callbacks.append(end_the_thread)
+    gc.set_threshold(objects)
+    frames = {read}
+    gc.set_threshold(700)
+    gc.callbacks.clear()
+    go.set()
+    thread.join()
+    found |= {{frame.f_code.co_name for frame in frames}}
+print(gc.isenabled(), *sorted(found & {{"deep", "generator"}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        ("stacks.thread_frames(thread.ident)", "deep generator"),
+        ("stacks.frames_of_threads().get(thread.ident, ())", "deep generator"),
+        ("stacks.calling_frames()", "deep generator"),
+        ("filter(None, [stacks.frame_of(step)])", "generator"),
+    ],
+)
+def test_no_collection_ends_a_stack_that_is_being_read(read: str, found: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _COLLECTED.format(read=read)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"True {found}\n", "")
+
+
+def test_frames_are_asked_for_in_one_place() -> None:
+    asking = {
+        path.name
+        for path in Path(ormscope.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("cr_frame", "gi_frame", "ag_frame", "_current_frames")
+    }
+    assert asking <= {"stacks.py"}
+
+
 def test_variables_are_read_in_one_place() -> None:
     """Before Python 3.13 whoever reads `f_locals` writes into what the program's own `locals()` has returned."""
     reading = {
