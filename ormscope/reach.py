@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from contextvars import Context
 from dataclasses import dataclass, field
-from itertools import dropwhile
 from types import (
     AsyncGeneratorType,
     BuiltinFunctionType,
@@ -333,8 +332,7 @@ class _Search:
     def _note_stack(
         self, frames: list[FrameType], thread: threading.Thread, task: asyncio.Task[Any] | None
     ) -> None:
-        # Those that look now, at the end of it, have in their variables what they look for.
-        for frame in dropwhile(_is_our_frame, reversed(frames)):
+        for frame in reversed(frames):
             # Within the loop's step, the functions are those of the task that runs now.
             if frame.f_code is LOOP_STEP or frame.f_code is LOOP_RUN:
                 task = None

@@ -95,20 +95,24 @@ def thread_frames(thread: int) -> list[FrameType]:
 
 
 def frames_of_threads() -> dict[int, list[FrameType]]:
-    """The frames of all threads at this moment, outermost first, by the identifiers of the threads."""
-    with COLLECTOR_RESTS:
-        return {ident: down_from(frame) for ident, frame in sys._current_frames().items()}
-
-
-def calling_frames() -> list[FrameType]:
-    """The frames that led to ormscope, and those of all other threads and waiting greenlets, innermost first.
+    """The frames of all threads at this moment, outermost first, by the identifiers of the threads.
 
     Not ormscope's own: whoever keeps a reference to his own frame makes a cycle that only the collector can undo.
     """
     me = threading.get_ident()
-    frames = [*reversed(down_from(_caller()))]
-    for ident, others in frames_of_threads().items():
-        frames += reversed(others) if ident != me else ()
+    with COLLECTOR_RESTS:
+        return {
+            ident: down_from(_caller() if ident == me else frame)
+            for ident, frame in sys._current_frames().items()
+        }
+
+
+def calling_frames() -> list[FrameType]:
+    """The frames that led to ormscope, and those of all other threads and waiting greenlets, innermost first."""
+    threads = frames_of_threads()
+    frames = [*reversed(threads.pop(threading.get_ident()))]
+    for others in threads.values():
+        frames += reversed(others)
     waiting = greenlet.getcurrent().parent
     while waiting is not None:
         frames += reversed(down_from(waiting.gr_frame))
