@@ -1,7 +1,8 @@
 """The notebooks: how they are written, what they say, and that nothing is left of them.
 
-nbval compares every text output (see pyproject.toml); this file covers what it cannot see, and
-shows that nbval can fail.
+nbval compares every text output (see pyproject.toml), nbval_gate.py judges the rest of its run; this file covers what
+needs no run, and
+shows that both can fail.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def test_how_a_lesson_opens_and_ends(path: Path) -> None:
     assert re.findall(r"^## (.+)$", prose, re.MULTILINE)[-2:] == ["Summary", "At work on Monday"]
 
 
-# What they say: the second engine
+# What `run` and `refresh` do: a second engine
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def comparable(cell: NotebookNode) -> dict[str, Any]:
     }
 
 
-def test_an_exception_group_fails_the_second_engine() -> None:
+def test_an_exception_group_is_a_failure() -> None:
     with pytest.raises(notebooks.CellFailed, match="ExceptionGroup: unhandled errors"):
         notebooks.execute(CANARIES / "exception_group.ipynb")
 
