@@ -1,8 +1,7 @@
 """The notebooks: how they are written, what they say, and that nothing is left of them.
 
-nbval compares every text output (see pyproject.toml), nbval_gate.py judges the rest of its run; this file covers what
-needs no run, and
-shows that both can fail.
+nbval compares every text output (see pyproject.toml), nbval_gate.py judges the rest of its run; this file covers
+what needs no run, and shows that both can fail.
 """
 
 from __future__ import annotations
