@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -444,7 +445,7 @@ def _confirm(finding: _Finding) -> None:
             look_for_users(finding.suspicion.holders, tasks)
         for part in _unmoved(finding, watched):
             if not is_being_woken(part):
-                declare(part)
+                declare(part, partial(_is_unmoved, part, finding, watched))
     except Exception as error:
         _step_aside(watched, error)
 
@@ -463,6 +464,13 @@ def _unmoved(finding: _Finding, watched: list[PoolScope]) -> list[Stuck]:
     ]
 
 
+def _is_unmoved(part: Stuck, finding: _Finding, watched: list[PoolScope]) -> bool:
+    # In this order: a thread whose time is up is seen to be so, or is not in the queue any more.
+    return not is_being_woken(part) and part.pools in [
+        it.pools for it in _unmoved(finding, watched)
+    ]
+
+
 def prove_now() -> None:
     """Try to prove a deadlock at once, for somebody who asks for a verdict."""
     watched = scopes()
@@ -474,7 +482,7 @@ def prove_now() -> None:
         # From another thread, a look that is not exact may have missed what moved: the loop will look itself.
         is_quiet = finding.exact or is_of_this_thread(part)
         if is_quiet and is_being_woken(part) is False:
-            declare(part)
+            declare(part, partial(_is_unmoved, part, finding, watched))
 
 
 def is_of_this_thread(stuck: Stuck) -> bool:
@@ -483,15 +491,25 @@ def is_of_this_thread(stuck: Stuck) -> bool:
     return {watch_of(task.get_loop()).thread for task in tasks} <= {threading.get_ident()}
 
 
+def _cannot_move(stuck: Stuck) -> bool:
+    """Whether all who are part of it are tasks that cannot run while this thread looks."""
+    are_tasks = all(isinstance(member, asyncio.Task) for member in stuck.members)
+    return are_tasks and is_of_this_thread(stuck)
+
+
 _declaring = threading.Lock()
 
 
 def declare(
     stuck: Stuck,
+    is_unmoved: Callable[[], bool],
     in_server: Collection[TaskOrThread] = (),
     server_limits: tuple[str, ...] = (),
 ) -> None:
-    """Tell each scope whose pool is part of a proved deadlock, and who of it waits in the server."""
+    """Tell each scope whose pool is part of a proved deadlock, and who of it waits in the server.
+
+    Where another thread may move one of them, `is_unmoved` looks once more when that would withdraw it.
+    """
     timers, above = timers_of(stuck, waits_of(scopes()))
     about = frozenset(map(id, stuck.about))
     with _declaring:
@@ -517,8 +535,9 @@ def declare(
             holder.is_stuck = True
         for scope in told:
             scope.proof = proof
-        if not all(holder.is_stuck for holder in statements):
-            withdraw(lambda known: known is proof)  # a thread's, which has ended just now
+        has_moved = not all(holder.is_stuck for holder in statements)
+        if has_moved or not (_cannot_move(stuck) or is_unmoved()):
+            withdraw(lambda known: known is proof)
             return
         for scope in told:
             scope.proved(proof)

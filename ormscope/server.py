@@ -135,7 +135,8 @@ def _prove(
     """What is proved by a second look, told to the scopes while nothing can move."""
     proved = [(it, it.limits(again, begun_with)) for it in suspicion.proved(again)]
     for deadlock, limits in proved:
-        proof.declare(deadlock.stuck, deadlock.in_server, limits)
+        is_unmoved = partial(suspicion.is_unmoved, deadlock.stuck)
+        proof.declare(deadlock.stuck, is_unmoved, deadlock.in_server, limits)
     return proved
 
 

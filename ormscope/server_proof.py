@@ -92,11 +92,14 @@ class Suspicion:
                 and after.stuck.signature == before.stuck.signature
                 and after.pids == before.pids
                 and all(again.marks.get(pid) == self.seen.marks.get(pid) for pid in after.pids)
-                and self._nothing_returned_to(after.stuck)
-                and self._is_quiet(after.stuck)
+                and self.is_unmoved(after.stuck)
             ):
                 proved.append(after)
         return proved
+
+    def is_unmoved(self, stuck: Stuck) -> bool:
+        """Whether nothing has come back to its pools, and nothing is about to."""
+        return self._nothing_returned_to(stuck) and self._is_quiet(stuck)
 
     def _look_here(self, again: Backends) -> list[Deadlock]:
         found = deadlocks_in(again)
