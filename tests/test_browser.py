@@ -375,7 +375,7 @@ def test_exercise_from_the_first_run_to_the_proof(
         (
             "wrong",
             NESTED,
-            "WRONG: You think that a second connection is harmless",
+            "WRONG: This holds only if a second connection is harmless",
             "price_of, line 3",
         ),
         ("right", RIGHT, "RIGHT: 60 of 60 orders placed with 10 connections", "0 timeouts"),

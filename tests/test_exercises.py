@@ -161,7 +161,7 @@ def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
     cells = nbformat.read(lesson, as_version=4).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert about.section in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
-    assert about.idea.startswith("You think that ") and about.says.endswith(".")
+    assert about.idea.startswith("This holds only if ") and about.says.endswith(".")
 
 
 @each_task
