@@ -47,9 +47,9 @@ MODULES = {
     number: importlib.import_module(f"answers.exercise_{number}") for number in exercises.numbers()
 }
 TASKS: dict[str, tuple[Task[Any], Answers, Any]] = {
-    f"{number}-{name}": (getattr(checks_of(number), name), module.ANSWERS[name], module)
+    f"{number}-{name}": (task, module.ANSWERS[name], module)
     for number, module in MODULES.items()
-    for name in exercises.task_names(number)
+    for name, task in exercises.tasks(number).items()
 }
 each_task = pytest.mark.parametrize("task, answers, module", TASKS.values(), ids=TASKS)
 
@@ -252,7 +252,7 @@ def test_code_that_cannot_be_sent() -> None:
     answer.__globals__["guard"] = threading.Lock()
     outcome = TASK.check(answer)
     assert outcome.kind == "raised"
-    assert "cannot run in a process of its own" in outcome.text and "\n" not in outcome.text
+    assert "in a process of its own, and the global " in outcome.text and "\n" not in outcome.text
 
 
 def test_what_the_function_prints_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

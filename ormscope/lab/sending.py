@@ -23,10 +23,14 @@ _SYNCHRONOUS_DRIVERS = ("psycopg", "psycopg2", "pymysql", "MySQLdb")
 
 
 class UnsendableError(ValueError):
-    """A workload that cannot be sent to a process of its own; the message says why."""
+    """A workload that cannot be sent to a process of its own; the message says why.
 
-    def __init__(self, message: str) -> None:
+    `culprit` is what of it cannot, such as "the global ENGINE (AsyncEngine)", where that is known.
+    """
+
+    def __init__(self, message: str, culprit: str = "") -> None:
         super().__init__(message)
+        self.culprit = culprit
         # A mistake of the caller: none of the frames that lead here would tell more.
         show_as(self, [message])
 
@@ -55,7 +59,8 @@ def payload(
         reason = f", for {culprit} cannot" if culprit else ""
         raise UnsendableError(
             f"{name_of(workload)} cannot be sent to its own process{reason} ({error}): "
-            "create the engine, the sessions and all that is open inside it, and hand it plain values."
+            "create the engine, the sessions and all that is open inside it, and hand it plain values.",
+            culprit,
         ) from None
     drivers = [name for name in _SYNCHRONOUS_DRIVERS if name in sys.modules]
     setting = {

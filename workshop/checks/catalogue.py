@@ -13,8 +13,8 @@ from typing import NamedTuple
 class Misconception:
     """One wrong idea.
 
-    `idea` is what an answer of this kind rests on, in a line; `says` the sentence that helps; `lesson` and `section` name
-    what to read again, by a lesson's number and one of its headings.
+    `idea` is what an answer of this kind rests on, in a line; `says` the sentence that helps; `lesson` and `section`
+    name what to read again, by a lesson's number and one of its headings.
     """
 
     name: str

@@ -155,7 +155,12 @@ class Task(Generic[Noted]):
             try:
                 run = self._run(answer, "yours", on_print=self._show, **trial)
             except UnsendableError as error:
-                return Outcome("raised", f"your code cannot run in a process of its own: {error}")
+                culprit = error.culprit or f"something in {self.function}"
+                return Outcome(
+                    "raised",
+                    f"The check runs {self.function} in a process of its own, and {culprit} cannot be sent there: "
+                    f"make it within {self.function}.",
+                )
             except BaseException as error:  # what it raises there is raised here, also SystemExit
                 return Outcome("raised", _told(error))
             if run.ended == "interrupted":
