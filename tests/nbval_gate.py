@@ -58,7 +58,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         yield
     finally:
         del kernel.get_message
-    assert statuses == [expected_status(item.cell)]
+    if statuses != [expected_status(item.cell)]:
+        item.raise_cell_error(f"The kernel replied {statuses}, not {expected_status(item.cell)!r}")
 
 
 @pytest.hookimpl(wrapper=True)
