@@ -189,6 +189,23 @@ async def close_first(Session, number, sku):
         await price_of(Session, sku)
 
 
+at_work = set()
+
+
+async def line_in_the_background(Session, number, sku):
+    async with Session(expire_on_commit=False) as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.commit()
+
+    async def add_line():
+        price = await price_of(Session, sku)
+        async with Session.begin() as session:
+            session.add(OrderLine(order_id=order.id, sku=sku, unit_price=price))
+
+    at_work.add(asyncio.create_task(add_line()))
+
+
 async def place_it_twice(Session, number, sku):
     await reuse(Session, number, sku)
     await reuse(Session, number, sku)
@@ -299,6 +316,7 @@ ANSWERS = {
             (try_again, "retries"),
             (return_at_once, "success-without-work"),
             (close_first, "half-an-order"),
+            (line_in_the_background, "fire-and-forget"),
             (place_it_twice, "twice"),
             (the_price_of_bananas, "guesses-the-price"),
             (never_close, "leaves-it-checked-out"),

@@ -19,6 +19,7 @@ from ormscope.stacks import is_sleeping, sleeping_frames
 from workshop.checks.lent import Conditions
 
 _LOOK_SECONDS = 0.02
+_SECONDS_TO_LEAVE = 1.0  # for tasks that are cancelled
 _ASYNCIO = os.path.dirname(asyncio.__file__)
 _QUEUES = {
     function.__code__
@@ -71,7 +72,8 @@ class Work(Evidence):
 async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterator[Evidence]:
     """Note what happens from here to the end of the block; `engines` are those that the learner's code is lent.
 
-    What has not ended in time is cancelled.
+    What has not ended in time is cancelled, and so is whatever the learner's code has left running: it would meet the
+    check's own work in the database.
     """
     noted = Evidence(lent=len(engines))
     pools = [engine.pool for engine in engines]
@@ -94,6 +96,11 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
         gc.callbacks.remove(count)
         noted.tampered = before != [_settings(engine) for engine in engines]
         noted.left_checked_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
+        left = asyncio.all_tasks() - known - {watcher}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_SECONDS_TO_LEAVE)
 
 
 def _settings(engine: AsyncEngine) -> list[object]:
