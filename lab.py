@@ -106,7 +106,7 @@ def main(arguments):
         install()
     lock_environment()
     if command == "test" and not any(os.path.exists(option.split("::")[0]) for option in options):
-        options += SIDE_BY_SIDE
+        options = [*SIDE_BY_SIDE, *options]  # whoever asks for another number gets it
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
     return check_server() or hand_over(["-m", "workshop.jupyter", *options])

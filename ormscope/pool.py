@@ -568,8 +568,8 @@ def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
     task = asyncio.current_task(loop)
     if task is not None:
         return id(task)
-    steps = (frame for frame in thread_frames(thread) if frame.f_code is internals.LOOP_STEP)
-    return id(next(steps, None))
+    frames = reversed(thread_frames(thread))
+    return id(next((frame for frame in frames if frame.f_code is internals.LOOP_STEP), None))
 
 
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:

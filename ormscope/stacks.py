@@ -89,9 +89,10 @@ def greenlet_frames(frame: FrameType) -> list[FrameType]:
 
 
 def thread_frames(thread: int) -> list[FrameType]:
-    """The frames of a thread, given by its identifier, at this moment, outermost first."""
+    """The frames of a thread, given by its identifier, at this moment, outermost first; not ormscope's own."""
     with COLLECTOR_RESTS:
-        return down_from(sys._current_frames().get(thread))
+        is_mine = thread == threading.get_ident()
+        return down_from(_caller() if is_mine else sys._current_frames().get(thread))
 
 
 def frames_of_threads() -> dict[int, list[FrameType]]:
@@ -198,8 +199,9 @@ def awaited_step(step: Any) -> Any:
         return None if step.gi_running else step.gi_yieldfrom
     if isinstance(step, AsyncGeneratorType):
         # `ag_running` is also true of one that awaits; what runs has a caller.
-        frame = frame_of(step)
-        return None if frame is not None and frame.f_back is not None else step.ag_await
+        with COLLECTOR_RESTS:
+            frame = frame_of(step)
+            return None if frame is not None and frame.f_back is not None else step.ag_await
     # Python puts objects in between that tell nobody what they wrap: for `async for`, for `__await__`.
     return next((held for held in gc.get_referents(step) if isinstance(held, STEPS)), None)
 

@@ -5,7 +5,6 @@ So a notebook is run once. nbval compares what a cell displays; what the kernel 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -14,15 +13,9 @@ from typing import Any
 
 import pytest
 from leftovers import assert_nothing_is_left
-from nbformat import NotebookNode
 from nbval.plugin import IPyNbCell
 
 _FOLDERS = pytest.StashKey[Path]()
-
-
-def expected_status(cell: NotebookNode) -> str:
-    """What the kernel must reply to a cell."""
-    return "error" if "raises-exception" in cell.metadata.get("tags", []) else "ok"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,8 +51,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         yield
     finally:
         del kernel.get_message
-    if statuses != [expected_status(item.cell)]:
-        item.raise_cell_error(f"The kernel replied {statuses}, not {expected_status(item.cell)!r}")
+    expected = "error" if "raises-exception" in item.cell.metadata.get("tags", []) else "ok"
+    if statuses != [expected]:
+        item.raise_cell_error(f"The kernel replied {statuses}, not {expected!r}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,4 +67,4 @@ def pytest_runtest_teardown(
         try:
             assert_nothing_is_left(folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=os.name == "nt")
+            shutil.rmtree(folder)
