@@ -41,7 +41,8 @@ NOTEBOOKS = [
 ]
 
 LONGEST_CELL = 30  # lines
-STOPPED_WITHIN = 1.0  # seconds from an interrupt to the end of the cell
+# Seconds from an interrupt to the end of the cell: some tenths when idle; the run itself would go on for a minute.
+STOPPED_WITHIN = 5.0
 PATIENCE = 60.0  # seconds for what has to come, on a busy machine
 
 each_notebook = pytest.mark.parametrize(
@@ -608,7 +609,7 @@ def test_killed_kernel_leaves_nothing(
 
 
 def test_interrupt_keeps_the_recording(kernel: Kernel) -> None:
-    """■ in a starved cell: it ends within a second, and the next cells find what was seen."""
+    """■ in a starved cell: it ends, and the next cells find what was seen."""
     until_server_runs(kernel)
     kernel.run(STARVED)
     sent = kernel.send(OBSERVE)
@@ -628,7 +629,7 @@ def test_interrupt_keeps_the_recording(kernel: Kernel) -> None:
 def test_interrupt_at_any_moment(
     kernel: Kernel, record_property: Callable[[str, object], None]
 ) -> None:
-    """The cell ends within a second, leaves no process, and the next one works."""
+    """The cell ends, leaves no process, and the next one works."""
     until_server_runs(kernel)
     kernel.run(STARVED)
     delays = [random.uniform(0, 1.5) for _ in range(8)]
@@ -640,8 +641,7 @@ def test_interrupt_at_any_moment(
         interrupted = time.monotonic()
         kernel.manager.interrupt_kernel()
         kernel.reply(sent)
-        # Twice as long: it may fall into the first import of matplotlib, which cannot be cut short.
-        assert time.monotonic() - interrupted < 2 * STOPPED_WITHIN, f"interrupted after {delay} s"
+        assert time.monotonic() - interrupted < STOPPED_WITHIN, f"interrupted after {delay} s"
         assert kernel.observed() == [], f"interrupted after {delay} s"
         assert kernel.run("print(1 + 1)") == "2\n"
     assert kernel.run(COUNT_CONNECTIONS) == "0\n"
