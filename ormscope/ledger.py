@@ -21,6 +21,7 @@ from ormscope.places import calling_places
 from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
 
+BEYOND = "more than can be followed"  # by whom a connection is kept
 _KEPT_SAMPLES = 100_000
 _KEPT_ATTEMPTS = 100  # of connecting
 # A thread that has asked for so long is in the queue, whatever it saw before.

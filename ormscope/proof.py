@@ -26,7 +26,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 
 from ormscope import internals
 from ormscope.hooks import logger, step_aside
-from ormscope.ledger import Holder
+from ormscope.ledger import BEYOND, Holder
 from ormscope.loops import running_watch, watch_of
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.places import NOWHERE, Place, is_users, place
@@ -37,6 +37,9 @@ from ormscope.waitgraph import Stuck, Waits, awaited_by, find_stuck, find_stuck_
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
 
+_BEYOND_SECONDS = (
+    10.0  # what could not be followed is not followed again so soon, for it takes long
+)
 _PAUSE = 0.025  # seconds between two looks at threads, which have no loop to beat
 _KNOWN_SECONDS = 1.0  # so long an answer about who can use a connection is believed
 _LONGEST_PAUSE = (
@@ -339,13 +342,19 @@ def returned_to(watched: Iterable[PoolScope], pools: set[Any]) -> dict[int, int]
 def look_for_users(holders: list[Holder], suspects: Collection[asyncio.Task[Any]] = ()) -> bool:
     """Find out who can use connections, and note it; whether nothing can have moved meanwhile."""
     with _looking:
-        exact = _look_once(holders, suspects)
-        lost = [holder for holder in holders if holder.is_lost]
+        near = [holder for holder in holders if not _is_beyond(holder)]
+        exact = _look_once(near, suspects) and near == holders
+        lost = [holder for holder in near if holder.is_lost]
         if lost:
             # Whatever moved during the look may have been missed: what is lost is lost a moment later, too.
             time.sleep(_PAUSE)
             _look_once(lost, ())
     return exact
+
+
+def _is_beyond(holder: Holder) -> bool:
+    """Whether a search that did not come to its end has looked for a holder's users of late: it would not now."""
+    return holder.kept_by == BEYOND and time.perf_counter() - holder.looked_at < _BEYOND_SECONDS
 
 
 def _look_once(holders: list[Holder], suspects: Collection[asyncio.Task[Any]]) -> bool:
@@ -369,7 +378,7 @@ def _note_users(holder: Holder, users: Users, now: float) -> None:
     if holder.handle() is None:
         holder.kept_by = "the pool, to which it is just coming back"
     elif not users.complete:
-        holder.kept_by = "more than can be followed"
+        holder.kept_by = BEYOND
     elif users.unseen and not subjects:
         holder.kept_by = "a function that runs"
     holder.is_moving = users.unseen

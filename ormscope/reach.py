@@ -55,6 +55,10 @@ from ormscope.stacks import (
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
 _LISTS = (list, tuple, set, frozenset, deque)
 _MOST_NODES = 3_000  # of one search; who is held by more is held by more than can be followed
+# Looks at the whole heap in one search, each of which stops the program for as long as it takes: a dozen are usual, and
+# some more where there are many handles.
+_MOST_LOOKS = 20
+_MOST_LOOKS_EACH = 0.5
 _MOST_STEPS_DOWN = 9
 _MOST_NEIGHBOURS = 600  # of one task
 _OUR_THREADS = "ormscope "  # how their names begin
@@ -118,7 +122,7 @@ class _Search:
         self._chains: dict[int, asyncio.Task[Any]] = {}
         self._stacks: dict[int, set[TaskOrThread]] | None = None
         self._namespaces: dict[int, str] | None = None
-        self._asked = False  # the collector
+        self._asked = 0  # times the collector
         for task in suspects:
             self._look_around(task)
             _let_others_run()
@@ -156,15 +160,17 @@ class _Search:
             found.append(Users())
             _begin(number, handle, alive, ways)
         frontier = list(alive.values())
+        most_looks = _MOST_LOOKS + _MOST_LOOKS_EACH * len(frontier)
         while frontier:
             _let_others_run()
-            if len(alive) > _MOST_NODES:
+            looks = self._asked and self._asked + len(frontier) / _ASKED_AT_ONCE
+            if len(alive) > _MOST_NODES or looks > most_looks:
                 for users in found:
                     users.complete = False
                 break
             frontier = self._next_frontier(frontier, alive, ways, found)
         for users in found:
-            users.exact = not self._asked
+            users.exact = self._asked == 0
         return found
 
     def _next_frontier(
@@ -285,11 +291,11 @@ class _Search:
     def _ask_the_collector(
         self, nodes: list[Any], unexplained: list[Any], alive: dict[int, Any]
     ) -> list[tuple[int, list[Any], bool]]:
-        self._asked = True
         referrers: dict[int, dict[int, Any]] = {id(node): {} for node in unexplained}
         counts = dict.fromkeys(referrers, 0)
         ours = {id(thing) for thing in (nodes, unexplained, alive, self._nodes, self._above)}
         for start in range(0, len(unexplained), _ASKED_AT_ONCE):
+            self._asked += 1
             _count_referrers(unexplained[start : start + _ASKED_AT_ONCE], referrers, counts, ours)
         kept = Counter(key for found in referrers.values() for key in found)
         unseen = set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ormscope.activity import Activity
+from ormscope.ledger import BEYOND
 from ormscope.places import NOWHERE, Place, own_line
 from ormscope.server_limits import NEVER
 
@@ -367,6 +368,11 @@ def _known(verdict: Verdict) -> list[str]:
     doing = Counter(holder.activity.doing for holder in verdict.holding if holder.activity)
     queues = Counter(holder.waits.pool for holder in verdict.holding if holder.waits is not None)
     lines = _foreign_waits(verdict)
+    beyond = sum(holder.kept_by == BEYOND for holder in verdict.holding)
+    if beyond:
+        lines.append(
+            f"  {'not seen':<9} who could give back {beyond} of them: more refers to them than can be followed"
+        )
     for pool, count in sorted(queues.items()):
         lines.append(
             f"  {'ask too':<9} {count} of the holders are in line for a connection of {pool}"

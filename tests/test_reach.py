@@ -7,10 +7,12 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from helpers import SELECT, run, until
+import pytest
+from helpers import SELECT, price_of, run, until
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from ormscope import PoolScope
+from ormscope import PoolScope, reach
 from ormscope.reach import Users, users_of
 
 
@@ -112,3 +114,55 @@ def test_a_log_record_with_an_error_is_told_and_nobody_uses_it(url: str) -> None
         run(main())
     finally:
         logger.removeHandler(handler)
+
+
+def test_a_registry_of_connections_is_not_followed_for_long(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a set within a listener the way leads to the engine and to everything: nothing is proved, and each look
+    at the heap stops the program, so there are few, and they are not made anew for each verdict.
+    """
+    looks = 0
+    count_referrers = reach._count_referrers
+
+    def count(*arguments: Any) -> None:
+        nonlocal looks
+        looks += 1
+        count_referrers(*arguments)
+
+    monkeypatch.setattr(reach, "_count_referrers", count)
+
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=8, max_overflow=0, pool_timeout=3)
+        in_use: set[Connection] = set()
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def begins(connection: Connection, *_about: Any) -> None:
+            in_use.add(connection)
+
+        @event.listens_for(engine.sync_engine, "rollback")
+        def ends(connection: Connection) -> None:
+            in_use.discard(connection)
+
+        scope = PoolScope(engine)
+
+        async def nested() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                await price_of(engine)
+
+        tasks = [asyncio.create_task(nested()) for _ in range(16)]
+        await until(lambda: len(scope.holders) == 8 and len(scope.waiters) == 16)
+        verdicts = [scope.verdict()]
+        first = looks
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            verdicts.append(scope.verdict())
+        assert first > 0
+        assert looks - first < 30  # in a second
+        assert "deadlock" not in {verdict.cause for verdict in verdicts}
+        assert "who could give back 8 of them" in str(verdicts[-1])
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.dispose()
+
+    run(main())
