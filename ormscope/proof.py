@@ -367,7 +367,10 @@ def _look_once(holders: list[Holder], suspects: Collection[asyncio.Task[Any]]) -
 
 def _note_users(holder: Holder, users: Users, now: float) -> None:
     subjects = set(users.everybody)
-    if users.unseen:
+    if not users.complete:  # those found so far are any that came first
+        takers = (holder.owner, holder.last_user)
+        subjects = {owner.subject for owner in takers if owner.subject is not None and owner.alive}
+    elif users.unseen:
         # A thread may have it nowhere but on the stack of its function, as `with engine.connect():` does.
         subjects |= {
             owner.subject
