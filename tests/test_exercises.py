@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ from workshop import database, exercises, progress
 from workshop import generator as generator_module
 from workshop.checks.answer import as_given
 from workshop.checks.catalogue import Misconception, misconceptions
+from workshop.checks.returned import another_answer, is_same
 from workshop.checks.task import Task
 from workshop.database import Server
 
@@ -162,6 +164,30 @@ def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert about.section in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     assert about.idea.startswith("This holds only if ") and about.says.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "returned, expected, words",
+    [
+        (None, {1: 2}, "None: a `return` is missing. Asked for was {1: 2} (dict)."),
+        ([(1, 2)], {1: 2}, "[(1, 2)] (list). Asked for was {1: 2} (dict)."),
+        ({1: 2, 3: 4}, {1: 2}, "a key that was not asked for: 3 (int)."),
+        ({}, {1: 2}, "0 of 1 keys: 1 (int) is missing."),
+        ({3: 2}, {1: 2}, "the key 3 (int). Asked for was 1 (int)."),
+        (
+            {1: 7.5},
+            {1: Decimal("7.5")},
+            "7.5 (float) for 1. Asked for was Decimal('7.5') (Decimal).",
+        ),
+        ([1, 3], [1, 2], "3 (int) at [1]. Asked for was 2 (int)."),
+        ([1], [1, 2], "1 values, [1]. Asked for were 2."),
+        ("x" * 50_000_000, 3, f"'{'x' * 27}...{'x' * 28}' (str). Asked for was 3 (int)."),
+    ],
+    ids=["none", "type", "extra", "missing", "other", "value", "item", "fewer", "long"],
+)
+def test_what_came_back_is_told(returned: Any, expected: Any, words: str) -> None:
+    assert not is_same(returned, expected)
+    assert another_answer("f()", returned, expected).evidence == f"f() returned {words}"
 
 
 @each_task

@@ -238,6 +238,19 @@ async def price_beside_it(Session, number, sku):
         await session.commit()
 
 
+async def commit_not_awaited(Session, number, sku):
+    price = await price_of(Session, sku)
+    async with Session() as session:
+        session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=price)]))
+        session.commit()
+
+
+async def price_not_awaited(Session, number, sku):
+    price = price_of(Session, sku)
+    async with Session.begin() as session:
+        session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=price)]))
+
+
 # The shelf
 
 
@@ -285,6 +298,34 @@ async def gather_on_one_session(Session, sku):
     return dict(zip(skus, prices, strict=True))
 
 
+async def a_few_at_a_time(Session, sku):
+    door = asyncio.Semaphore(3)
+
+    async def price(number):
+        async with door:
+            return await price_of(Session, number)
+
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+        prices = await asyncio.gather(*map(price, skus))
+    return dict(zip(skus, prices, strict=True))
+
+
+async def pairs(Session, sku):
+    both = select(Product.sku, Product.unit_price).where(Product.sku.in_(behind(sku)))
+    async with Session() as session:
+        return [(row.sku, row.unit_price) for row in await session.execute(both)]
+
+
+async def floats(Session, sku):
+    prices = await one_statement(Session, sku)
+    return {number: price and float(price) for number, price in prices.items()}
+
+
+async def nothing(Session, sku):
+    await one_statement(Session, sku)
+
+
 async def only_three(Session, sku):
     async with Session() as session:
         skus = (await session.scalars(behind(sku).limit(3))).all()
@@ -321,6 +362,8 @@ ANSWERS = {
             (the_price_of_bananas, "guesses-the-price"),
             (never_close, "leaves-it-checked-out"),
             (price_beside_it, "one-session-many-tasks"),
+            (commit_not_awaited, "never-awaited"),
+            (price_not_awaited, "never-awaited"),
         ],
     ),
     "enrich_in_parallel": Answers(
@@ -329,7 +372,11 @@ ANSWERS = {
             (task_group_inside, "children-count-too"),
             (one_by_one_inside, "holds-and-waits"),
             (gather_on_one_session, "one-session-many-tasks"),
-            (only_three, "success-without-work"),
+            (a_few_at_a_time, "door-for-one-size"),
+            (only_three, "not-what-was-asked"),
+            (pairs, "not-what-was-asked"),
+            (floats, "not-what-was-asked"),
+            (nothing, "not-what-was-asked"),
         ],
     ),
 }

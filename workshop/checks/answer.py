@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import linecache
 import textwrap
@@ -26,11 +27,12 @@ def unfit(exercise: str, function: str, answer: Any) -> str:
     if inspect.iscoroutine(answer):
         answer.close()
         return f"you called {function}; the check wants the function itself, without ()."
-    if not isinstance(answer, FunctionType):
+    within = function_of(answer)
+    if within is None:
         return f"{function} is no function but {type(answer).__name__}; wanted is {wanted}."
-    if isinstance(given, ast.AsyncFunctionDef) and not inspect.iscoroutinefunction(answer):
+    if isinstance(given, ast.AsyncFunctionDef) and not inspect.iscoroutinefunction(within):
         return f"{function} is no coroutine function; begin it with `async def`, and do not `yield` in it."
-    if isinstance(given, ast.FunctionDef) and inspect.iscoroutinefunction(answer):
+    if isinstance(given, ast.FunctionDef) and inspect.iscoroutinefunction(within):
         return f"{function} is asked for as an ordinary function; begin it with `def`."
     try:
         inspect.signature(answer).bind(*given.args.args)
@@ -40,12 +42,23 @@ def unfit(exercise: str, function: str, answer: Any) -> str:
     return ""
 
 
-def is_attempted(exercise: str, answer: FunctionType) -> bool:
+def function_of(answer: Any) -> FunctionType | None:
+    """The function that is handed in, or that a decorator such as functools.cache has put into something else."""
+    while isinstance(answer, functools.partial):
+        answer = answer.func
+    if not isinstance(answer, FunctionType):
+        answer = getattr(answer, "__wrapped__", None)
+    return answer if isinstance(answer, FunctionType) else None
+
+
+def is_attempted(exercise: str, answer: Any) -> bool:
     """Whether the function, or a function of the notebook that it calls, differs from what was given."""
+    if not isinstance(answer, FunctionType):
+        return True
     given = exercises.given_functions(exercise)
     for reached in _reachable(answer):
         try:
-            (node,) = ast.parse(textwrap.dedent(inspect.getsource(reached))).body
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(reached.__code__))).body
         except (OSError, SyntaxError, ValueError):
             return True  # nobody knows how it is written, so it is judged
         known = given.get(reached.__name__)
@@ -54,9 +67,10 @@ def is_attempted(exercise: str, answer: FunctionType) -> bool:
     return False
 
 
-def as_given(exercise: str, function: str, answer: FunctionType) -> Any:
+def as_given(exercise: str, function: str, answer: Any) -> Any:
     """The function as it was given, among the learner's other names."""
-    namespace = dict(answer.__globals__)
+    within = function_of(answer)
+    namespace = {} if within is None else dict(within.__globals__)
     for name, node in exercises.given_functions(exercise).items():
         filename, source = f"<ipython-input-given-{name}>", ast.unparse(node)
         linecache.cache[filename] = (

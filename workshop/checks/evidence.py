@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator
+import re
+import time
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_cursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
+from ormscope import PoolScope, Verdict
 from ormscope.places import is_user_code, place
 from ormscope.stacks import is_sleeping, sleeping_frames
-from workshop.checks.lent import Conditions
+from workshop.checks.lent import POOL_TIMEOUT, Conditions
+from workshop.checks.unheard import Unheard, is_learners
 
 _LOOK_SECONDS = 0.02
+_CROWD_SECONDS = 0.5  # between two looks at who holds and who waits
 _SECONDS_TO_LEAVE = 1.0  # for tasks that are cancelled
+_WRITES = re.compile(r"\s*(insert|update|delete|with\b.*\b(insert|update|delete))\b", re.I | re.S)
 _ASYNCIO = os.path.dirname(asyncio.__file__)
 _QUEUES = {
     function.__code__
@@ -46,6 +55,10 @@ class Evidence:
     wanted a connection which another task was just using. `tampered` says whether a pool that was lent to the code
     came back changed, `left_checked_out` how many of their connections did not come back, `left_running` how many
     tasks the code left behind, and `collections` how many full garbage collections there were.
+
+    `crowd` is the last verdict on a lent pool at which somebody had waited for a third of the pool's timeout;
+    `standing` where the learner's tasks stood when the load was cancelled, with how many stood there. `committed` and
+    `rolled_back` are the transactions of the lent engines that had written something, by their end.
     """
 
     lent: int = 0
@@ -59,6 +72,11 @@ class Evidence:
     left_checked_out: int = 0
     left_running: int = 0
     collections: int = 0
+    crowd: Verdict | None = None
+    standing: Counter[str] = field(default_factory=Counter)
+    committed: int = 0
+    rolled_back: int = 0
+    unheard: Unheard = field(default_factory=Unheard)
 
 
 @dataclass(kw_only=True)
@@ -77,6 +95,9 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
     """
     noted = Evidence(lent=len(engines))
     pools = [engine.pool for engine in engines]
+    scopes = [PoolScope(engine) for engine in engines]
+    for engine in engines:
+        _note_transactions(engine, noted)
     before = [_settings(engine) for engine in engines]
 
     def count(phase: str, info: dict[str, int]) -> None:
@@ -84,7 +105,7 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
 
     gc.callbacks.append(count)
     known = asyncio.all_tasks()
-    watcher = asyncio.create_task(_watch(noted), name="the check")
+    watcher = asyncio.create_task(_watch(noted, scopes, conditions), name="the check")
     try:
         async with asyncio.timeout(conditions.load_seconds):
             yield noted
@@ -101,6 +122,31 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=_SECONDS_TO_LEAVE)
+        for scope in scopes:
+            scope.close()
+
+
+def _note_transactions(engine: AsyncEngine | Engine, noted: Evidence) -> None:
+    """Count how the transactions end that have written something."""
+    # Weakly: else whoever looks for the users of a connection would find this, and the engine's listeners above it.
+    have_written: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def statement(connection: Connection, _cursor: Any, statement: str, *_about: Any) -> None:
+        if _WRITES.match(statement):
+            have_written.add(connection)
+
+    def commit(connection: Connection) -> None:
+        noted.committed += connection in have_written
+        have_written.discard(connection)
+
+    def rollback(connection: Connection) -> None:
+        noted.rolled_back += connection in have_written
+        have_written.discard(connection)
+
+    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(target, "before_cursor_execute", statement)
+    event.listen(target, "commit", commit)
+    event.listen(target, "rollback", rollback)
 
 
 def _settings(engine: AsyncEngine) -> list[object]:
@@ -113,30 +159,49 @@ def _settings(engine: AsyncEngine) -> list[object]:
     return [id(pool), numbers, classes, functions, own]
 
 
-async def _watch(noted: Evidence) -> None:
-    while True:
+async def _watch(noted: Evidence, scopes: Sequence[PoolScope], conditions: Conditions) -> None:
+    looked_at = 0.0
+    # Not longer: in the end they all stand where they are cancelled.
+    end = time.perf_counter() + conditions.load_seconds - 2 * _LOOK_SECONDS
+    while time.perf_counter() < end:
         await asyncio.sleep(_LOOK_SECONDS)
-        sleep_at, queue_at, sharing = [], [], 0
-        for task in asyncio.all_tasks():
-            if not is_sleeping(task):
-                continue
-            frames = sleeping_frames(task)
-            callers = [
-                frame for frame in frames if not frame.f_code.co_filename.startswith(_ASYNCIO)
-            ]
-            if not callers or callers[-1] is frames[-1]:
-                continue
-            innermost, caller = frames[-1].f_code, callers[-1]
-            if not is_user_code(caller.f_code.co_filename):
-                sharing += (innermost, caller.f_code) in _SHARING
-                continue
-            where = place((caller.f_code, caller.f_lineno)).short
-            if innermost is asyncio.sleep.__code__:
-                sleep_at.append(where)
-            elif innermost in _QUEUES:
-                queue_at.append(where)
-        if len(sleep_at) > noted.sleepers:
-            noted.sleepers, noted.sleeps_at = len(sleep_at), max(sleep_at)
-        if len(queue_at) > noted.queuers:
-            noted.queuers, noted.queues_at = len(queue_at), max(queue_at)
-        noted.sharers = max(noted.sharers, sharing)
+        _look_at_tasks(noted)
+        now = time.perf_counter()
+        if now - looked_at > _CROWD_SECONDS:
+            looked_at = now
+            for scope in scopes:
+                waiters = scope.waiters
+                if waiters and now - waiters[0].since > POOL_TIMEOUT / 3:
+                    noted.crowd = scope.verdict_now()
+
+
+def _look_at_tasks(noted: Evidence) -> None:
+    sleep_at, queue_at, sharing = [], [], 0
+    standing: Counter[str] = Counter()
+    for task in asyncio.all_tasks():
+        if not is_sleeping(task):
+            continue
+        frames = sleeping_frames(task)
+        callers = [frame for frame in frames if not frame.f_code.co_filename.startswith(_ASYNCIO)]
+        if not callers:
+            continue
+        own = [frame for frame in callers if is_learners(frame.f_code.co_filename)]
+        if own:
+            standing[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
+        if callers[-1] is frames[-1]:
+            continue
+        innermost, caller = frames[-1].f_code, callers[-1]
+        if not is_user_code(caller.f_code.co_filename):
+            sharing += (innermost, caller.f_code) in _SHARING
+            continue
+        where = place((caller.f_code, caller.f_lineno)).short
+        if innermost is asyncio.sleep.__code__:
+            sleep_at.append(where)
+        elif innermost in _QUEUES:
+            queue_at.append(where)
+    noted.standing = standing
+    if len(sleep_at) > noted.sleepers:
+        noted.sleepers, noted.sleeps_at = len(sleep_at), max(sleep_at)
+    if len(queue_at) > noted.queuers:
+        noted.queuers, noted.queues_at = len(queue_at), max(queue_at)
+    noted.sharers = max(noted.sharers, sharing)

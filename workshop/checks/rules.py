@@ -7,23 +7,45 @@ these rules, or for single ones of them, and puts its own where they belong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from ormscope import Verdict
 from ormscope.lab import Recording
 from ormscope.lab.run import PoolCurve
+from ormscope.lab.storm import Request
+from ormscope.verdict import Holding
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, Work
 
 Noted = TypeVar("Noted", bound=Evidence)
 Rule = Callable[[Recording, Noted], Iterator[Finding]]
 
-_TIMEOUT = "sqlalchemy.exc.TimeoutError"
+POOL_TIMEOUT_ERROR = "sqlalchemy.exc.TimeoutError"
 _SHARING = ("concurrent operations are not permitted", "another operation is in progress")
 _ENDED_CURSOR = "cursor cannot be created outside of a transaction"
 _READ_TOO_LATE = ("MissingGreenlet", "DetachedInstanceError")
 _MANY_ENGINES = 3
+_MOST_NAMED = 3  # of places or calls in a sentence
+
+
+# What was called
+
+
+def never_awaited(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """A call that only made a coroutine; asked before all else, for it explains what is missing then."""
+    calls = seen.unheard.never_awaited
+    if calls:
+        failed = next((request for request in run.requests if request.error), None)
+        then = f" Then this was raised: {_last_line(failed)}" if failed is not None else ""
+        yield Finding("never-awaited", f"Nobody awaited {'; '.join(calls[:_MOST_NAMED])}.{then}")
+
+
+def _last_line(request: Request) -> str:
+    """What a request has raised, without its traceback and without what a library says after it."""
+    lines = reversed(request.error.splitlines())
+    return next((line for line in lines if line.startswith(request.outcome)), request.outcome)
 
 
 # Engines and pools
@@ -115,24 +137,41 @@ def retries(run: Recording, seen: Evidence) -> Iterator[Finding]:
 
 
 def _hides_timeouts(run: Recording) -> bool:
-    return bool(run.pools[0].timeouts) and not run.outcomes[_TIMEOUT]
+    return bool(run.pools[0].timeouts) and not run.outcomes[POOL_TIMEOUT_ERROR]
 
 
 def deadlock(run: Recording, seen: Evidence) -> Iterator[Finding]:
-    """Calls that hold a connection while they wait for another."""
-    if not run.deadlocks:
+    """Calls that hold a connection while they wait for another, or for who has to get one first.
+
+    Where a lock of the learner's is part of it, nothing is proved; then it counts that waits ended in vain.
+    """
+    verdict = run.deadlocks[0] if run.deadlocks else seen.crowd if _refuses(run, seen) else None
+    if verdict is None:
         return
-    verdict = run.deadlocks[0]
-    evidence = _who_holds_and_waits(verdict)
-    if seen.queuers:
-        yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
-    if any(holder.waits and holder.waits.owner != holder.owner for holder in verdict.holding):
-        yield Finding("children-count-too", evidence)
-    yield Finding("holds-and-waits", evidence)
-
-
-def _who_holds_and_waits(verdict: Verdict) -> str:
     stuck = [holder for holder in verdict.holding if holder.waits is not None]
+    if stuck:
+        evidence = _who_holds_and_waits(verdict, stuck)
+        if seen.queuers:
+            yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
+        if any(holder.waits and holder.waits.owner != holder.owner for holder in stuck):
+            yield Finding("children-count-too", evidence)
+        yield Finding("holds-and-waits", evidence)
+    elsewhere = Counter(holder.elsewhere for holder in verdict.holding if holder.elsewhere)
+    if sum(elsewhere.values()) > (verdict.capacity or 0) // 2 and verdict.waiting:
+        place, _ = elsewhere.most_common(1)[0]
+        yield Finding(
+            "holds-while-it-waits",
+            f"{sum(elsewhere.values())} of {verdict.capacity} connections were held by calls that waited in "
+            f"{place.short}, not for the database, while {verdict.waiting[0].places[0].short}, waited for a "
+            "connection in vain.",
+        )
+
+
+def _refuses(run: Recording, seen: Evidence) -> bool:
+    return bool(run.timeouts) or not seen.ended
+
+
+def _who_holds_and_waits(verdict: Verdict, stuck: Sequence[Holding]) -> str:
     holder, waiter = stuck[0], stuck[0].waits
     assert waiter is not None
     return (
@@ -144,9 +183,18 @@ def _who_holds_and_waits(verdict: Verdict) -> str:
 # What is left when all calls have ended
 
 
+def forgets_to_commit(run: Recording, seen: Work) -> Iterator[Finding]:
+    """Work that is missing from the database, whose transactions have written and were rolled back."""
+    if seen.done < run.completed and seen.rolled_back and not seen.committed:
+        yield Finding(
+            "forgets-to-commit",
+            f"{seen.rolled_back} transactions had written something, and none of them was committed.",
+        )
+
+
 def fire_and_forget(run: Recording, seen: Evidence) -> Iterator[Finding]:
-    """Tasks that nobody waits for."""
-    if seen.left_running:
+    """Tasks that nobody waits for. Where a call has failed, they may be what it would have waited for."""
+    if seen.left_running and run.completed == run.announced:
         yield Finding(
             "fire-and-forget",
             "Tasks that your code had started were still at work when all calls had ended.",

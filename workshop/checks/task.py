@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal
 from ormscope.lab import Recording, observe
 from ormscope.lab.observe import UnsendableError
 from ormscope.lab.run import Curve
+from ormscope.lab.storm import Request
 from workshop import exercises, progress
 from workshop.checks.answer import as_given, is_attempted, unfit
 from workshop.checks.catalogue import Finding
 from workshop.checks.lent import Conditions
 from workshop.checks.memory import MemoryBudget
-from workshop.checks.rules import Noted, Rule
+from workshop.checks.rules import POOL_TIMEOUT_ERROR, Noted, Rule, never_awaited
+from workshop.checks.unheard import listening
 from workshop.database import database_url
 from workshop.mistake import Mistake
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _FUSE_SECONDS = 2.0  # more, for what blocks the event loop, so that the load cannot end itself
 _MOST_LINES_SHOWN = 12
+_MOST_PLACES = 3  # of those where a load stood
 _WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
 _CHECKS = os.path.dirname(__file__)
 
@@ -192,6 +196,24 @@ class Task(Generic[Noted]):
             **trial,
         )
 
+    def _at_the_end(self, run: Recording, has_noted: bool) -> str:
+        """How far a load was that has not ended, and where it stood."""
+        seconds = self.load_seconds if has_noted else run.fuse
+        said = f"After {seconds:g} s, {len(run.requests)} of {run.announced} calls had ended"
+        many = self._lines_printed > _MOST_LINES_SHOWN
+        printed = (
+            f" It had printed {self._lines_printed:,} lines, which takes time." if many else ""
+        )
+        if not has_noted:
+            seen = [verdict for pool in run.pools for verdict in (*pool.troubles, pool.last)]
+            blocked = [verdict.blocked for verdict in seen if verdict and verdict.blocked]
+            where = f": it was blocked in {blocked[-1].short}" if blocked else ""
+            return f"{said}, and the event loop did not come round{where}.{printed}"
+        standing = run.result.standing.most_common(_MOST_PLACES)
+        where = "; ".join(f"{count} at {place}" for place, count in standing)
+        stood = f"; shortly before, tasks stood here: {where}" if where else ""
+        return f"{said}{stood}.{printed}"
+
     def _judged(self, run: Recording) -> Outcome | None:
         """What is wrong with a run; None where nothing is."""
         if run.ended == "died":
@@ -199,20 +221,32 @@ class Task(Generic[Noted]):
         if run.ended == "memory limit" and self._memory is not None:
             return _wrong(self._memory.exceeded(run))
         has_noted = run.ended != "fuse"
-        if has_noted and (outcome := _wrong(_first(self._rules, run))) is not None:
+        rules = (never_awaited, *self._rules)
+        if has_noted and (outcome := _wrong(_first(rules, run))) is not None:
             return outcome
+        if has_noted and run.result.unheard.raised:
+            return Outcome("raised", f"in a task of yours:\n{_own(run.result.unheard.raised)}")
         failed = [request for request in run.requests if request.outcome != "ok"]
         if failed:
-            return Outcome(
-                "raised", f"{len(failed)} of {run.announced} calls\n{_own(failed[0].error)}"
-            )
+            return Outcome("raised", _failed(run, failed))
         if not has_noted or not run.result.ended:
-            seconds = self.load_seconds if has_noted else run.fuse
-            return _wrong(Finding("never-ends", f"It had not ended after {seconds:g} s."))
+            return _wrong(Finding("never-ends", self._at_the_end(run, has_noted)))
         if len(run.requests) < run.announced:
             lost = run.announced - len(run.requests)
             return Outcome("raised", f"{lost} of {run.announced} calls were cancelled.")
         return _wrong(_first(self._demands, run))
+
+
+def _failed(run: Recording, failed: Sequence[Request]) -> str:
+    """Which calls failed, and how the first; one that was refused a connection may have failed because of another."""
+    first = min(failed, key=lambda request: request.outcome == POOL_TIMEOUT_ERROR)
+    text = f"{len(failed)} of {run.announced} calls\n{_own(first.error)}"
+    if first.outcome != POOL_TIMEOUT_ERROR or run.ended == "fuse" or run.result.crowd is None:
+        return text
+    crowd = run.result.crowd
+    holders = Counter(holder.places[0].short for holder in crowd.holding if holder.places)
+    where = "; ".join(f"{count} at {place}" for place, count in holders.most_common())
+    return f"{text}\nShortly before, {crowd.checked_out} of {crowd.capacity} connections were out: {where}."
 
 
 async def _load_quietly(
@@ -223,7 +257,10 @@ async def _load_quietly(
     What is logged or warned of is not: a driver's complaint of a connection that was cut off comes in one run of many.
     """
     sys.stderr = open(os.devnull, "w")  # noqa: ASYNC230, SIM115  # until the process ends
-    return await load(*arguments, **trial)
+    with listening() as unheard:
+        noted = await load(*arguments, **trial)
+    noted.unheard = unheard
+    return noted
 
 
 def _first(rules: Sequence[Rule[Noted]], run: Recording) -> Finding | None:
