@@ -58,7 +58,7 @@ _MOST_NODES = 3_000  # of one search; who is held by more is held by more than c
 # Looks at the whole heap in one search, each of which stops the program for as long as it takes: a dozen are usual, and
 # some more where there are many handles.
 _MOST_LOOKS = 20
-_MOST_LOOKS_EACH = 0.5
+_MOST_LOOKS_EACH = 1
 _MOST_STEPS_DOWN = 9
 _MOST_NEIGHBOURS = 600  # of one task
 _OUR_THREADS = "ormscope "  # how their names begin

@@ -25,7 +25,7 @@ from ormscope.lab.storm import Request
 from ormscope.ledger import Sample
 from ormscope.orm_internals import show_as
 
-_FAREWELL_SECONDS = 2.0
+_FAREWELL_SECONDS = 5.0  # a look for leaks may take a while on a busy machine
 _INTERRUPTED_FAREWELL_SECONDS = 0.3
 _START_SECONDS = 60.0
 

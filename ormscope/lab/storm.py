@@ -75,14 +75,15 @@ async def storm(
             failed = error
         note(number, start, failed)
 
+    def run_threads(threads: int) -> None:
+        # Not on the event loop, which whoever starts a thread keeps until it runs: on a busy machine that takes long.
+        with ThreadPoolExecutor(threads, thread_name_prefix="thread") as executor:
+            list(executor.map(run_thread, range(count)))
+
     if threads is None:
         async with asyncio.TaskGroup() as group:
             for number in range(count):
                 group.create_task(run_task(number), name=f"request {number}")
     else:
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(threads, thread_name_prefix="thread") as executor:
-            await asyncio.gather(
-                *(loop.run_in_executor(executor, run_thread, number) for number in range(count))
-            )
+        await asyncio.to_thread(run_threads, threads)
     return Counter(request.outcome for request in ended)

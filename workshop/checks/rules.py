@@ -60,8 +60,10 @@ def changes_the_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
 def engine_per_call(run: Recording, seen: Evidence) -> Iterator[Finding]:
     """Engines without end, or one without a limit."""
     own = own_pools(run, seen)
-    if len(own) > _MANY_ENGINES or any(pool.capacity is None for pool in own):
-        yield Finding("engine-per-call", "Your code made engines of its own, again and again.")
+    if len(own) > _MANY_ENGINES:
+        yield Finding("engine-per-call", f"Your code made {len(own)} engines of its own.")
+    if any(pool.capacity is None for pool in own):
+        yield Finding("engine-per-call", "Your code made an engine that has no limit of its own.")
 
 
 def bigger_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
@@ -202,8 +204,8 @@ def fire_and_forget(run: Recording, seen: Evidence) -> Iterator[Finding]:
 
 
 def leaves_it_checked_out(run: Recording, seen: Evidence) -> Iterator[Finding]:
-    """Connections that nobody gives back."""
-    if seen.left_checked_out:
+    """Connections that nobody gives back, so that others may wait for them in vain. What else is raised comes first."""
+    if seen.left_checked_out and not set(run.outcomes) - {"ok", POOL_TIMEOUT_ERROR}:
         yield Finding(
             "leaves-it-checked-out", "Connections were still checked out when all calls had ended."
         )
