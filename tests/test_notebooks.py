@@ -6,6 +6,7 @@ what needs no run, and shows that both can fail.
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import re
@@ -41,6 +42,7 @@ NOTEBOOKS = [
 ]
 
 LONGEST_CELL = 30  # lines
+ORDERINGS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 # Seconds from an interrupt to the end of the cell: some tenths when idle; the run itself would go on for a minute.
 STOPPED_WITHIN = 5.0
 PATIENCE = 60.0  # seconds for what has to come, on a busy machine
@@ -81,6 +83,10 @@ def complaints_about_code(cell: NotebookNode) -> Iterator[str]:
         yield "a trailing semicolon, which hides an output from the reader"
     if len(cell.source.splitlines()) > LONGEST_CELL:
         yield f"more than {LONGEST_CELL} lines"
+    for comparison in hidden_comparisons(cell.source):
+        yield f"the number behind {comparison!r} is not printed, only True or False"
+    if "≈" in cell.source and "assert" not in cell.source:
+        yield "a measured number whose bound no assert holds"
     markers = "\n".join([cell.source, *tags(cell)])
     if re.search(
         r"nbval[-_](skip|ignore[-_]output)|validate_ignore_output", markers, re.IGNORECASE
@@ -97,6 +103,24 @@ def complaints_about_code(cell: NotebookNode) -> Iterator[str]:
             yield "a picture without a text alternative"
     if "verdict" in tags(cell) and not notebooks.texts(cell).strip():
         yield "the tag verdict, but nothing printed"
+
+
+def hidden_comparisons(source: str) -> Iterator[str]:
+    """The comparisons of numbers that a cell prints, where they do not only decide what is printed."""
+    plain = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+    for call in ast.walk(ast.parse(plain)):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            continue
+        parts = list(ast.walk(call))
+        choices = [part.test for part in parts if isinstance(part, ast.IfExp)]
+        choices += [
+            test for part in parts if isinstance(part, ast.comprehension) for test in part.ifs
+        ]
+        decide = {id(node) for choice in choices for node in ast.walk(choice)}
+        for part in parts if call.func.id == "print" else ():
+            orders = isinstance(part, ast.Compare) and isinstance(part.ops[0], ORDERINGS)
+            if orders and id(part) not in decide:
+                yield ast.unparse(part)
 
 
 PATHS_OF_A_MACHINE = re.compile(
@@ -145,6 +169,8 @@ SPOILED: list[tuple[str, Callable[[NotebookNode], object]]] = [
     ("not run", lambda cell: cell.update(execution_count=None)),
     ("not run once", lambda cell: cell.update(execution_count=7)),
     ("path of one machine", lambda cell: cell.update(source="open('/Users/somebody/x')")),
+    ("is not printed", lambda cell: cell.update(source="print('soon:', 0.5 < 1)")),
+    ("whose bound", lambda cell: cell.update(source="print('≈ 0.5 s')")),
     ("nothing printed", lambda cell: cell.update(outputs=[])),
     ("stored warning", lambda cell: cell.outputs.append(stream("careful", name="stderr"))),
     (
