@@ -159,6 +159,12 @@ INSTRUMENTS: dict[str, Instrument] = {
         "Connections to the server that were closed.",
         _figure("connections_closed"),
     ),
+    "ormscope.pool.connects_failed": Instrument(
+        "counter",
+        "{attempt}",
+        "Connections to the server that could not be opened.",
+        _figure("connects_failed"),
+    ),
     "ormscope.pool.verdict": Instrument(
         "gauge",
         "1",

@@ -139,6 +139,20 @@ def test_a_pool_under_load(reader: Reader, server: Server) -> None:
     run(main())
 
 
+def test_connects_that_fail_are_counted(reader: Reader) -> None:
+    async def main() -> None:
+        engine = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
+        PoolInstruments(PoolScope(engine, "nowhere"), meter_provider=reader.provider)
+        for _ in range(3):
+            with pytest.raises(OSError):
+                await engine.connect()
+        assert reader.value("ormscope.pool.connects_failed", "nowhere") == 3
+        assert reader.value("ormscope.pool.opened", "nowhere") == 0
+        await engine.dispose()
+
+    run(main())
+
+
 def test_a_storm_read_by_another_thread_all_the_time(
     reader: Reader, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
