@@ -7,6 +7,7 @@ what needs no run, and shows that both can fail.
 from __future__ import annotations
 
 import ast
+import math
 import os
 import random
 import re
@@ -42,6 +43,7 @@ NOTEBOOKS = [
 ]
 
 LONGEST_CELL = 30  # lines
+MINUTES_OF_RUNS = 1.5  # of one lesson, at most; on two cores they take 10 to 80 seconds
 ORDERINGS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 # Seconds from an interrupt to the end of the cell: some tenths when idle; the run itself would go on for a minute.
 STOPPED_WITHIN = 5.0
@@ -215,6 +217,13 @@ def test_the_lint_sees(complaint: str, spoil: Callable[[NotebookNode], object]) 
     assert complaint in found
 
 
+def minutes(cells: list[NotebookNode]) -> int:
+    """How long a lesson takes: its words at 200 a minute, its predictions, and the runs; rounded up to five minutes."""
+    text = " ".join(re.sub(r"\]\([^)]*\)", "]", cell.source) for cell in cells)
+    predictions = text.count("**Predict.**")
+    return 5 * math.ceil((len(text.split()) / 200 + predictions + MINUTES_OF_RUNS) / 5)
+
+
 @each_lesson
 def test_how_a_lesson_opens_and_ends(path: Path) -> None:
     """The title, what you will do, learn and need, the minutes; at last summary and Monday."""
@@ -224,7 +233,7 @@ def test_how_a_lesson_opens_and_ends(path: Path) -> None:
     assert opening.startswith(f"# {path.name[:2]} "), "opens with its number and title"
     for paragraph in ("What you will do", "What you will learn", "What you need"):
         assert re.search(rf"^\*\*{paragraph}\.\*\* \S", opening, re.MULTILINE), paragraph
-    assert re.search(r"^\*\*Time\.\*\* \d+ minutes", opening, re.MULTILINE)
+    assert re.search(rf"^\*\*Time\.\*\* {minutes(cells)} minutes", opening, re.MULTILINE)
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert re.findall(r"^## (.+)$", prose, re.MULTILINE)[-2:] == ["Summary", "At work on Monday"]
 
