@@ -265,6 +265,22 @@ def comparable(cell: NotebookNode) -> dict[str, Any]:
     }
 
 
+@each_lesson
+def test_each_number_that_is_predicted_is_compared_with_the_one_that_came(path: Path) -> None:
+    """Wherever there is a place to write a number down: the question, the place, and then the two side by side."""
+    order = ""  # Q: the question, P: the place, S: side by side
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            order += "Q" if re.search(r"\*\*Predict\.\*\*|^## Predict$", cell.source, re.M) else ""
+            continue
+        order += "P" if "my_prediction = None" in cell.source else ""
+        if 'print("you said", my_prediction)\n' in cell.source:
+            assert "it was" in cell.source
+            order += "S"
+    assert order.count("P") == order.count("S") > 0
+    assert len(re.findall("QPS", order)) == order.count("P"), order
+
+
 def test_an_exception_group_is_a_failure() -> None:
     with pytest.raises(notebooks.CellFailed, match="ExceptionGroup: unhandled errors"):
         notebooks.execute(CANARIES / "exception_group.ipynb")
