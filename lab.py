@@ -20,6 +20,7 @@ UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
 """
 # Python 3.6 must be able to parse this file: an old Python shall say that it is old, in one line.
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -103,7 +104,8 @@ def main(arguments):
     if command == "remove":
         return remove()
     if not is_installed():
-        install()
+        with only_one():
+            install()
     lock_environment()
     if command == "test" and "--quick" in options:
         options = [*SIDE_BY_SIDE, *options]  # whoever asks for another number gets it
@@ -148,6 +150,25 @@ def lock_environment(alone=False):
         raise Trouble("a lab is running from .venv; close it and start again") from None
     except OSError:  # a network drive that knows no locks
         return
+
+
+@contextlib.contextmanager
+def only_one():
+    """Let no other start set up .venv meanwhile; raises Trouble where one does already."""
+    with contextlib.ExitStack() as end:
+        if os.name != "nt" and LOCK.exists():  # Windows does not let two make one folder
+            import fcntl
+
+            lock = end.enter_context(LOCK.open("rb"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Trouble(
+                    "another start is setting up .venv; wait for it, then start again"
+                ) from None
+            except OSError:  # a network drive that knows no locks
+                pass
+        yield
 
 
 def install():

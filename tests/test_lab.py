@@ -397,6 +397,18 @@ def test_interrupted_set_up_leaves_nothing(
     lab.assert_nothing_left()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and locks")
+def test_two_set_ups_at_once(lab: Lab, silent_index: str) -> None:
+    """The second one leaves the folder of the first alone."""
+    process = start_and_hang(lab, silent_index)
+    made = lab.venv.stat().st_ino
+    assert "another start is setting up .venv" in one_line(lab.run("progress"))
+    assert process.poll() is None and lab.venv.stat().st_ino == made
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    lab.assert_nothing_left()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_killed_set_up_is_not_trusted(lab: Lab, silent_index: str) -> None:
     process = start_and_hang(lab, silent_index)
