@@ -17,12 +17,34 @@ from workshop.checks.lent import Conditions
 from workshop.checks.task import Task, Trials
 
 
+_LARGEST_POOL, _DEEPEST = 16, 6
+# Whatever rounds, leaves out a setting or forgets the depth is wrong for one of these.
+_OTHERS = [
+    (pool_size, capacity - pool_size, depth)
+    for depth in range(2, _DEEPEST + 1)
+    for capacity in range(_LARGEST_POOL, depth - 1, -1)
+    for pool_size in (capacity, capacity // 3 + 1)
+]
+
+
 @dataclass(kw_only=True)
 class Permits(Evidence):
-    """How many `permits` were chosen, 0 where there was no number, for orders of so many connections: `depth`."""
+    """How many `permits` were chosen, 0 where there was no number, for a pool and orders of so many connections."""
 
     permits: int
+    pool_size: int
+    max_overflow: int
     depth: int
+
+    @property
+    def safe(self) -> int:
+        """How many may be inside: the lesson's formula, solved for the number of tasks."""
+        return safe(self.pool_size, self.max_overflow, self.depth)
+
+
+def safe(pool_size: int, max_overflow: int, depth: int) -> int:
+    """The largest T for which P >= T × (d - 1) + 1."""
+    return (pool_size + max_overflow - 1) // (depth - 1)
 
 
 async def try_permits(
@@ -33,28 +55,46 @@ async def try_permits(
     max_overflow: int,
     depth: int,
     orders: int,
+    search: bool = False,
 ) -> Permits:
-    """A bad day behind a door with so many permits, and one behind a door with one more."""
+    """A bad day behind a door with so many permits, and one behind a door with one more.
+
+    With `search`, on another pool if there is one for which the number is not the formula's.
+    """
+    asked = pool_size, max_overflow, depth
     found: list[int] = []
 
     async def ask(number: int) -> None:
-        answer = permits(pool_size, max_overflow, depth)
-        if not isinstance(answer, int):
-            raise TypeError(f"permits returned {answer!r}; a whole number was asked for")
+        nonlocal asked
+        for settings in [*(_OTHERS if search else ()), (pool_size, max_overflow, depth)]:
+            answer = permits(*settings)
+            if not isinstance(answer, int) or isinstance(answer, bool):
+                raise TypeError(f"permits returned {answer!r}; a whole number was asked for")
+            if answer != safe(*settings):
+                asked = settings
+                break
         found.append(answer)
 
-    engines = [
-        create_async_engine(
-            conditions.url, pool_size=pool_size, max_overflow=max_overflow, pool_logging_name=name
-        )
-        for name in ("yours", "+ 1")
-    ]
-    async with evidence(conditions, *engines) as noted:
+    async with evidence(conditions) as noted:
         await storm(ask, 1)
+        size, overflow, depth = asked
+        engines = [
+            create_async_engine(
+                conditions.url, pool_size=size, max_overflow=overflow, pool_logging_name=name
+            )
+            for name in ("yours", "+ 1")
+        ]
+        noted.lent = len(engines)
         for engine, count in zip(engines, [found[0], found[0] + 1] if found else [], strict=False):
             if count > 0:
-                await _bad_day(engine, count, pool_size + max_overflow, depth, orders)
-    return Permits(**vars(noted), permits=found[0] if found else 0, depth=depth)
+                await _bad_day(engine, count, size + overflow, depth, orders)
+    return Permits(
+        **vars(noted),
+        permits=found[0] if found else 0,
+        pool_size=asked[0],
+        max_overflow=asked[1],
+        depth=asked[2],
+    )
 
 
 async def _bad_day(
@@ -88,28 +128,39 @@ async def _bad_day(
 
 def demands(run: Recording, seen: Permits) -> Iterator[Finding]:
     """Somebody comes in, the worst moment ends in no deadlock, and nobody is kept out who could come in."""
+    capacity = seen.pool_size + seen.max_overflow
+    settings = f"pool_size={seen.pool_size}, max_overflow={seen.max_overflow}, depth={seen.depth}"
     if seen.permits < 1:
-        yield Finding("nobody-gets-in", f"Your number of permits is {seen.permits}.")
+        yield Finding(
+            "nobody-gets-in", f"For {settings} your number of permits is {seen.permits}."
+        )
     yours, one_more = run.pools[:2]
     if yours.deadlocks:
-        spare = seen.permits < (yours.capacity or 0)
-        yield Finding(
-            "permits-ignore-the-depth" if spare else "as-many-permits-as-connections",
-            f"With {seen.permits} permits, {yours.capacity} connections and {seen.depth} for each order,"
-            " a bad day ends in a deadlock.",
+        evidence = (
+            f"For {settings} your number is {seen.permits}. On a bad day that is a deadlock:"
+            f" {seen.permits} orders that hold {seen.depth - 1} of {capacity} connections each leave none."
         )
+        if seen.permits == capacity:
+            yield Finding("as-many-permits-as-connections", evidence)
+        if seen.permits == capacity - 1:
+            yield Finding("permits-ignore-the-depth", evidence)
+        yield Finding("too-many-permits", evidence)
     if not one_more.deadlocks:
-        yield Finding(
-            "too-careful",
-            f"With {seen.permits} permits, {yours.capacity} connections and {seen.depth} for each order there was no"
-            f" deadlock, and with {seen.permits + 1} there was none either.",
+        evidence = (
+            f"For {settings} your number is {seen.permits}. There was no deadlock, and with"
+            f" {seen.permits + 1} there was none either."
         )
+        if seen.permits == safe(seen.pool_size, 0, seen.depth):
+            yield Finding("forgets-the-overflow", evidence)
+        if seen.permits == capacity // seen.depth:
+            yield Finding("sets-all-apart", evidence)
+        yield Finding("too-careful", evidence)
 
 
 def prove(trials: Trials[Permits]) -> str:
     """What the runs of a right answer have shown."""
     return "\n".join(
-        f"{run.pools[0].capacity} connections, {seen.depth} for each order: {seen.permits} permits"
+        f"{seen.pool_size} + {seen.max_overflow} connections, {seen.depth} for each order: {seen.permits} permits"
         f" survive the worst moment, {seen.permits + 1} do not."
         for run, seen in trials
     )
@@ -122,7 +173,7 @@ choose_the_permits = Task(
     load=try_permits,
     trials=(
         {"pool_size": 20, "max_overflow": 10, "depth": 2, "orders": 60},
-        {"pool_size": 5, "max_overflow": 10, "depth": 3, "orders": 40},
+        {"pool_size": 4, "max_overflow": 10, "depth": 6, "orders": 20, "search": True},
     ),
     rules=(),
     demands=(demands,),
@@ -132,6 +183,7 @@ choose_the_permits = Task(
         "How many connections has the pool at most? Both of its settings count.",
         "In the worst moment each order inside holds all but its last connection. How many connections are out then, "
         "and how many must be left?",
-        "The lesson's formula is P >= T × (d - 1) + 1. You know P and d; solve it for T, and round down.",
+        "The lesson's formula is P >= T × (d - 1) + 1. You know P and d; solve it for T. Which way is a remainder rounded?",
     ),
+    load_seconds=4.0,
 )
