@@ -109,7 +109,8 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
     try:
         async with asyncio.timeout(conditions.load_seconds):
             yield noted
-            noted.left_running = len(asyncio.all_tasks() - known - {watcher})
+            left = asyncio.all_tasks() - known - {watcher}
+            noted.left_running = sum(not _is_out_of_work(task) for task in left)
     except TimeoutError:
         noted.ended = False
     finally:
@@ -147,6 +148,11 @@ def _note_transactions(engine: AsyncEngine | Engine, noted: Evidence) -> None:
     event.listen(target, "before_cursor_execute", statement)
     event.listen(target, "commit", commit)
     event.listen(target, "rollback", rollback)
+
+
+def _is_out_of_work(task: asyncio.Task[Any]) -> bool:
+    """Whether it is a worker that has emptied its queue: whoever gave it work has waited for that."""
+    return is_sleeping(task) and sleeping_frames(task)[-1].f_code is asyncio.Queue.get.__code__
 
 
 def _settings(engine: AsyncEngine) -> list[object]:
