@@ -14,8 +14,8 @@ from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
+from workshop.checks.returned import another_answer
 from workshop.checks.task import Task, Trials
-
 
 _LARGEST_POOL, _DEEPEST = 16, 6
 # Whatever rounds, leaves out a setting or forgets the depth is wrong for one of these.
@@ -29,9 +29,13 @@ _OTHERS = [
 
 @dataclass(kw_only=True)
 class Permits(Evidence):
-    """How many `permits` were chosen, 0 where there was no number, for a pool and orders of so many connections."""
+    """How many `permits` were chosen, 0 where there was no number, for a pool and orders of so many connections.
+
+    `another` tells what was returned in place of a number.
+    """
 
     permits: int
+    another: Finding | None
     pool_size: int
     max_overflow: int
     depth: int
@@ -63,17 +67,18 @@ async def try_permits(
     """
     asked = pool_size, max_overflow, depth
     found: list[int] = []
+    another: list[Finding] = []
 
     async def ask(number: int) -> None:
         nonlocal asked
         for settings in [*(_OTHERS if search else ()), (pool_size, max_overflow, depth)]:
-            answer = permits(*settings)
-            if not isinstance(answer, int) or isinstance(answer, bool):
-                raise TypeError(f"permits returned {answer!r}; a whole number was asked for")
+            answer, asked = permits(*settings), settings
             if answer != safe(*settings):
-                asked = settings
                 break
-        found.append(answer)
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            found.append(answer)
+        else:
+            another.append(another_answer(f"permits{asked}", answer, safe(*asked)))
 
     async with evidence(conditions) as noted:
         await storm(ask, 1)
@@ -91,6 +96,7 @@ async def try_permits(
     return Permits(
         **vars(noted),
         permits=found[0] if found else 0,
+        another=another[0] if another else None,
         pool_size=asked[0],
         max_overflow=asked[1],
         depth=asked[2],
@@ -130,10 +136,10 @@ def demands(run: Recording, seen: Permits) -> Iterator[Finding]:
     """Somebody comes in, the worst moment ends in no deadlock, and nobody is kept out who could come in."""
     capacity = seen.pool_size + seen.max_overflow
     settings = f"pool_size={seen.pool_size}, max_overflow={seen.max_overflow}, depth={seen.depth}"
+    if seen.another is not None:
+        yield seen.another
     if seen.permits < 1:
-        yield Finding(
-            "nobody-gets-in", f"For {settings} your number of permits is {seen.permits}."
-        )
+        yield Finding("nobody-gets-in", f"For {settings} your number of permits is {seen.permits}.")
     yours, one_more = run.pools[:2]
     if yours.deadlocks:
         evidence = (
@@ -183,7 +189,8 @@ choose_the_permits = Task(
         "How many connections has the pool at most? Both of its settings count.",
         "In the worst moment each order inside holds all but its last connection. How many connections are out then, "
         "and how many must be left?",
-        "The lesson's formula is P >= T × (d - 1) + 1. You know P and d; solve it for T. Which way is a remainder rounded?",
+        "The lesson's formula is P >= T × (d - 1) + 1. You know P and d; solve it for T. "
+        "Which way is a remainder rounded?",
     ),
     load_seconds=4.0,
 )

@@ -7,43 +7,61 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Work, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions, connections
+from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
 from workshop.checks.returned import another_answer, is_same
-from workshop.checks.rules import USE_OF_POOLS
+from workshop.checks.rules import ENGINES
 from workshop.checks.task import Task, Trials
 from workshop.shop import Product
 
+_END_OF_THE_RANGE = 18_292_004  # six products are behind it
+# It hides the shop's table from its connection; its rows lie in no order, so that who asks for none gets others.
+_UNSORTED = """CREATE TEMPORARY TABLE products AS
+    SELECT * FROM products WHERE sku BETWEEN {first} AND {last} OR sku > {end} ORDER BY md5(sku::text)"""
+
 
 @dataclass(kw_only=True)
-class Shelves(Work):
+class Shelves(Nested):
     """The shelves that were shown; `another` is the first that is not as the database has it."""
 
     another: Finding | None
 
 
 async def show_shelves(
-    shelf: Callable[..., Any], conditions: Conditions, *, calls: int, capacity: int, first: int
+    shelf: Callable[..., Any],
+    conditions: Conditions,
+    *,
+    calls: int,
+    capacity: int,
+    first: int,
+    to_the_end: bool = False,
 ) -> Shelves:
-    """Show so many shelves at once."""
+    """Show so many shelves at once; with `to_the_end` the last two are, and rows lie in no order."""
     engine = conditions.engine(capacity)
+    skus = [first + 1_000 * number for number in range(calls)]
+    if to_the_end:
+        unsorted = _UNSORTED.format(first=first, last=skus[-1], end=_END_OF_THE_RANGE)
+        event.listen(engine.sync_engine, "connect", partial(_run_first, unsorted))
+        skus[-2:] = _END_OF_THE_RANGE + 500, _END_OF_THE_RANGE + 1_000_000
     shown: dict[int, Any] = {}
 
     async def show(sessions: Any, number: int) -> None:
-        shown[number] = await shelf(sessions, first + 1_000 * number)
+        shown[number] = await shelf(sessions, skus[number])
 
+    nesting = Nesting(engine)
     async with evidence(conditions, engine) as noted:
         await storm(partial(show, async_sessionmaker(engine)), calls)
     await engine.dispose()
     right, another = 0, None
     async with engine.connect() as connection:
-        for number in range(calls):
-            sku = first + 1_000 * number
+        for number, sku in enumerate(skus):
             products = (
                 select(Product.sku, Product.unit_price)
                 .where(Product.sku > sku)
@@ -55,7 +73,14 @@ async def show_shelves(
                 right += 1
             elif number in shown and another is None:
                 another = another_answer(f"shelf(Session, {sku})", shown[number], expected)
-    return Shelves(**vars(noted), done=right, another=another)
+    return Shelves(**vars(noted), **nesting.noted(), done=right, another=another)
+
+
+def _run_first(statement: str, connection: Any, entry: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
+    connection.commit()
 
 
 def demands(run: Recording, seen: Shelves) -> Iterator[Finding]:
@@ -79,9 +104,9 @@ enrich_in_parallel = Task(
     load=show_shelves,
     trials=(
         {"calls": 60, "capacity": 10, "first": 1_000_000},
-        {"calls": 20, "capacity": 1, "first": 870_000},
+        {"calls": 20, "capacity": 1, "first": 870_000, "to_the_end": True},
     ),
-    rules=USE_OF_POOLS,
+    rules=(*ENGINES, *ONE_AT_A_TIME),
     demands=(demands,),
     proof=prove,
     hints=(
@@ -90,4 +115,5 @@ enrich_in_parallel = Task(
         "End the session's block before the gather (the list of numbers is all that it needs), "
         "or fetch numbers and prices with one statement.",
     ),
+    load_seconds=5.0,
 )

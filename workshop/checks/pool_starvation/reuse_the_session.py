@@ -4,27 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy import Connection, event, select
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Work, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions, connections, forget_orders, own_households
-from workshop.checks.rules import USE_OF_POOLS
+from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
+from workshop.checks.rules import ENGINES
 from workshop.checks.task import Task, Trials
 from workshop.shop import Order, OrderLine, Product
 
 
 @dataclass(kw_only=True)
-class Orders(Work):
-    """The orders of a storm, as they are in the database: `households` have `placed` so many, `lines` have a line."""
+class Orders(Nested):
+    """The orders of a storm, as they are in the database: `households` have `placed` so many, `lines` have a line.
+
+    `halves` is how many times an order was committed, and its line was not.
+    """
 
     households: int
     placed: int
     lines: int
+    halves: int
+
+
+class Halves:
+    """Counts the transactions of an engine that are committed with an order, and without a line."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.count = 0
+        self._written: dict[Connection, set[str]] = {}
+        for name, hear in (
+            ("before_cursor_execute", self._sends),
+            ("commit", self._commits),
+            ("rollback", self._rolls_back),
+        ):
+            event.listen(engine.sync_engine, name, hear)
+
+    def _sends(self, connection: Connection, _: Any, statement: str, *rest: Any) -> None:
+        words = statement.lower().replace('"', "").replace("(", " ").split()
+        tables = {table for into, table in pairwise(words) if into == "into"}
+        self._written.setdefault(connection, set()).update(tables)
+
+    def _commits(self, connection: Connection) -> None:
+        written = self._written.pop(connection, set())
+        self.count += "orders" in written and "order_lines" not in written
+
+    def _rolls_back(self, connection: Connection) -> None:
+        self._written.pop(connection, None)
 
 
 async def place_orders(
@@ -37,6 +69,7 @@ async def place_orders(
 ) -> Orders:
     """Place so many orders at once."""
     engine, customers = conditions.engine(capacity), own_households()
+    nesting, halves = Nesting(engine), Halves(engine)
     async with evidence(conditions, engine) as noted:
         sessions = async_sessionmaker(engine)
         await storm(lambda number: place_order(sessions, customers[number], sku), orders)
@@ -50,6 +83,8 @@ async def place_orders(
         await forget_orders(connection, customers)
     return Orders(
         **vars(noted),
+        **nesting.noted(),
+        halves=halves.count,
         households=len(set(placed)),
         placed=len(placed),
         lines=len({line.order_id for line in lines}),
@@ -64,10 +99,15 @@ def demands(run: Recording, seen: Orders) -> Iterator[Finding]:
             "success-without-work",
             f"{run.completed} calls ended without an error, and {seen.placed} orders are in the database.",
         )
-    if seen.placed > run.announced:
-        yield Finding("twice", f"{run.announced} calls made {seen.placed} orders.")
+    if seen.halves:
+        yield Finding(
+            "half-an-order",
+            f"{seen.halves} times an order was committed, and its line only later: in a transaction of its own.",
+        )
     if seen.lines < seen.placed:
         yield Finding("half-an-order", f"Of {seen.placed} orders, {seen.lines} have a line.")
+    if seen.placed > run.announced:
+        yield Finding("twice", f"{run.announced} calls made {seen.placed} orders.")
     if seen.done < seen.placed:
         yield Finding(
             "guesses-the-price",
@@ -75,11 +115,26 @@ def demands(run: Recording, seen: Orders) -> Iterator[Finding]:
         )
 
 
+def needless_door(run: Recording, seen: Orders) -> Iterator[Finding]:
+    """A lock or semaphore of the learner's that keeps orders out while connections are free."""
+    pool = run.pools[0]
+    if seen.queuers and pool.most_checked_out < (pool.capacity or 0):
+        yield Finding(
+            "needless-door",
+            f"Up to {seen.queuers} calls stood before {seen.queues_at}, and never more than"
+            f" {pool.most_checked_out} of {pool.capacity} connections were in use.",
+        )
+
+
 def prove(trials: Trials[Orders]) -> str:
     """What the runs of a right answer have shown."""
-    return "\n".join(
+    placed = "\n".join(
         f"{run.completed} of {run.announced} orders placed with {connections(run)}, 0 deadlocks, 0 timeouts."
         for run, _ in trials
+    )
+    return (
+        f"{placed}\nNo order asked for a connection while it held one. A session holds one from its first statement"
+        " (add() sends none, flush() does) to its commit, rollback or end."
     )
 
 
@@ -92,8 +147,8 @@ reuse_the_session = Task(
         {"orders": 60, "capacity": 10, "sku": 1082185},
         {"orders": 20, "capacity": 1, "sku": 1029743},
     ),
-    rules=USE_OF_POOLS,
-    demands=(demands,),
+    rules=(*ENGINES, *ONE_AT_A_TIME),
+    demands=(demands, needless_door),
     proof=prove,
     hints=(
         "Count the connections that one order has at the line where price_of runs. Which of them could it do without?",
@@ -102,4 +157,5 @@ reuse_the_session = Task(
         "A session takes its connection with its first statement. Hand price_of the session that place_order has, "
         "or ask for the price before the flush and outside of the session's block.",
     ),
+    load_seconds=5.0,
 )

@@ -1,0 +1,133 @@
+"""Whether a call asks a pool for a connection while it holds one of it, be there enough of them or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from ormscope.lab import Recording
+from ormscope.places import calling_places, places
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Work
+from workshop.checks.rules import (
+    Rule,
+    deadlock,
+    fire_and_forget,
+    leaves_it_checked_out,
+    one_at_a_time,
+    one_session_many_tasks,
+    retries,
+    sleeps,
+    swallows_the_timeout,
+)
+from workshop.checks.unpooled import Unpooled, Unpooling, connects_past_the_pools
+
+
+@dataclass(eq=False)
+class _Hold:
+    """A connection that is out: of which pool, whose it is, and the line that took it."""
+
+    pool: Pool
+    task: asyncio.Task[Any] | None
+    place: str
+    is_over: bool = False
+
+
+_HOLD = "the check: hold"
+# What this task holds or has held, and what those held who started it.
+_holds: ContextVar[tuple[_Hold, ...]] = ContextVar("holds", default=())
+
+
+@dataclass(kw_only=True)
+class Nested(Work, Unpooled):
+    """The evidence of calls that are to need one connection at a time.
+
+    `nested` tells the first time that a call asked for a connection while it had one; empty where none did.
+    `nested_in_a_task` says whether the second was for a task that the call had started meanwhile.
+    """
+
+    nested: str
+    nested_in_a_task: bool
+
+
+class Nesting:
+    """Watches the engines' pools; made before the learner's code runs, so that these are what they were at the end."""
+
+    def __init__(self, *engines: AsyncEngine) -> None:
+        self._first = {"nested": "", "nested_in_a_task": False}
+        self._unpooling = Unpooling()
+        for engine in engines:
+            pool = engine.sync_engine.pool
+            pool.connect = partial(self._ask, pool, pool.connect)  # type: ignore[method-assign]
+            event.listen(pool, "checkout", partial(self._checked_out, pool))
+            event.listen(pool, "checkin", self._checked_in)
+
+    def noted(self) -> dict[str, Any]:
+        """What there is of Nested."""
+        return {**self._first, **vars(self._unpooling)}
+
+    def _ask(self, pool: Pool, connect: Callable[[], Any]) -> Any:
+        held = [hold for hold in _holds.get() if hold.pool is pool and not hold.is_over]
+        if held and not self._first["nested"]:
+            own, first = _own_line(), held[0]
+            # A session closes in a task of SQLAlchemy's own, where the learner has no line.
+            where = own or "the end of a session's block"
+            self._first = {
+                "nested": f"{where}, asked for a connection while {first.place}, held one of the same pool.",
+                "nested_in_a_task": bool(own) and first.task is not asyncio.current_task(),
+            }
+        return connect()
+
+    def _checked_out(
+        self, pool: Pool, connection: Any, entry: ConnectionPoolEntry, proxy: Any
+    ) -> None:
+        hold = entry.info[_HOLD] = _Hold(pool, asyncio.current_task(), _own_line())
+        _holds.set((*(hold for hold in _holds.get() if not hold.is_over), hold))
+
+    def _checked_in(self, connection: Any, entry: ConnectionPoolEntry) -> None:
+        if _HOLD in entry.info:
+            entry.info.pop(_HOLD).is_over = True
+
+
+def _own_line() -> str:
+    frames = places(calling_places())
+    return frames[0].short if frames else ""
+
+
+def asks_while_it_holds(run: Recording, seen: Nested) -> Iterator[Finding]:
+    """A call that needs a second connection of its pool; where there is but one, it waits for itself."""
+    if not seen.nested:
+        return
+    evidence = seen.nested
+    if run.deadlocks:
+        verdict = run.deadlocks[0]
+        stuck = sum(holder.waits is not None for holder in verdict.holding)
+        evidence += f" {stuck} of {verdict.capacity} connections were held by calls that waited for another."
+    if seen.nested_in_a_task:
+        yield Finding("children-count-too", evidence)
+    if seen.queuers:
+        yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
+    yield Finding("holds-and-waits", evidence)
+
+
+# In the order of asking; a task asks for its own rules on engines before these.
+ONE_AT_A_TIME: tuple[Rule[Nested], ...] = (
+    connects_past_the_pools,
+    one_session_many_tasks,
+    sleeps,
+    one_at_a_time,
+    swallows_the_timeout,
+    retries,
+    fire_and_forget,
+    asks_while_it_holds,
+    deadlock,
+    leaves_it_checked_out,
+)
