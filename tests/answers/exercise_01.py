@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import asyncpg
 from sqlalchemy import select
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -60,6 +61,52 @@ async def finish_first(Session, number, sku):
         price = await price_of(Session, sku)
         session.add(OrderLine(order_id=order.id, sku=sku, unit_price=price))
         await session.commit()
+
+
+async def without_a_flush(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        price = await price_of(Session, sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+WITH_ITS_PRICE = select(Product.sku, Product.unit_price)
+
+
+async def by_a_statement_of_another_cell(Session, number, sku):
+    async with Session.begin() as session:
+        row = (await session.execute(WITH_ITS_PRICE.where(Product.sku == sku))).one()
+        session.add(
+            Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=row.unit_price)])
+        )
+
+
+at_their_queue = {}
+
+
+async def work_off(Session, queue):
+    while True:
+        number, sku, done = await queue.get()
+        try:
+            await reuse(Session, number, sku)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+
+async def by_workers(Session, number, sku):
+    """Long-lived workers, which have nothing to do in the end; each call awaits its own order."""
+    if not at_their_queue:
+        queue = at_their_queue["queue"] = asyncio.Queue()
+        at_their_queue["workers"] = [
+            asyncio.create_task(work_off(Session, queue))
+            for _ in range(Session.kw["bind"].pool.size())
+        ]
+    done = asyncio.get_running_loop().create_future()
+    at_their_queue["queue"].put_nowait((number, sku, done))
+    await done
 
 
 prices = {}
@@ -229,6 +276,85 @@ async def never_close(Session, number, sku):
         await price_with(session, sku)
 
 
+async def order_and_price_apart(Session, number, sku):
+    """Two transactions for one order, and a gather between them."""
+
+    async def order():
+        async with Session(expire_on_commit=False) as session:
+            placed = Order(household_id=number)
+            session.add(placed)
+            await session.commit()
+            return placed.id
+
+    order_id, price = await asyncio.gather(order(), price_of(Session, sku))
+    async with Session.begin() as session:
+        session.add(OrderLine(order_id=order_id, sku=sku, unit_price=price))
+
+
+async def give_up_and_try_again(Session, number, sku):
+    """No deadlock lasts long enough to be proved."""
+    while True:
+        try:
+            async with Session() as session:
+                order = Order(household_id=number)
+                session.add(order)
+                await session.flush()
+                async with asyncio.timeout(0.01):
+                    price = await price_of(Session, sku)
+                session.add(OrderLine(order=order, sku=sku, unit_price=price))
+                return await session.commit()
+        except TimeoutError:
+            pass
+
+
+async def price_through_a_queue(Session, number, sku):
+    queue = asyncio.Queue()
+
+    async def fetch():
+        await queue.put(await price_of(Session, sku))
+
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        task = asyncio.create_task(fetch())
+        session.add(OrderLine(order=order, sku=sku, unit_price=await queue.get()))
+        await session.commit()
+        await task
+
+
+async def one_price_at_a_time(Session, number, sku):
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        async with lock:
+            price = await price_of(Session, sku)
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
+narrow = asyncio.Semaphore(3)
+
+
+async def three_at_a_time(Session, number, sku):
+    async with narrow:
+        await reuse(Session, number, sku)
+
+
+async def past_every_pool(Session, number, sku):
+    url = Session.kw["bind"].url.set(drivername="postgresql")
+    async with Session() as session:
+        order = Order(household_id=number)
+        session.add(order)
+        await session.flush()
+        connection = await asyncpg.connect(url.render_as_string(hide_password=False))
+        price = await connection.fetchval("SELECT unit_price FROM products WHERE sku = $1", sku)
+        await connection.close()
+        session.add(OrderLine(order=order, sku=sku, unit_price=price))
+        await session.commit()
+
+
 async def price_beside_it(Session, number, sku):
     async with Session() as session:
         order = Order(household_id=number)
@@ -322,6 +448,32 @@ async def floats(Session, sku):
     return {number: price and float(price) for number, price in prices.items()}
 
 
+async def the_same_of_another_order(Session, sku):
+    """Which five, nobody has said."""
+    both = select(Product.sku, Product.unit_price).where(Product.sku > sku).limit(5)
+    async with Session() as session:
+        return dict((await session.execute(both)).all())
+
+
+async def only_those_with_a_price(Session, sku):
+    prices = await one_statement(Session, sku)
+    return {number: price for number, price in prices.items() if price is not None}
+
+
+async def each_in_its_turn(Session, sku):
+    """Children share the session, one after another."""
+    turn = asyncio.Lock()
+    async with Session() as session:
+
+        async def price(number):
+            async with turn:
+                return await price_with(session, number)
+
+        skus = (await session.scalars(behind(sku))).all()
+        prices = await asyncio.gather(*map(price, skus))
+    return dict(zip(skus, prices, strict=True))
+
+
 async def nothing(Session, sku):
     await one_statement(Session, sku)
 
@@ -337,7 +489,9 @@ ANSWERS = {
         right=[
             reuse,
             look_first,
-            finish_first,
+            without_a_flush,
+            by_workers,
+            by_a_statement_of_another_cell,
             with_a_generous_door,
             prices_from_a_pool_of_their_own,
         ],
@@ -357,6 +511,13 @@ ANSWERS = {
             (try_again, "retries"),
             (return_at_once, "success-without-work"),
             (close_first, "half-an-order"),
+            (finish_first, "half-an-order"),
+            (order_and_price_apart, "half-an-order"),
+            (give_up_and_try_again, "holds-and-waits"),
+            (price_through_a_queue, "children-count-too"),
+            (one_price_at_a_time, "door-for-one-size"),
+            (three_at_a_time, "needless-door"),
+            (past_every_pool, "engine-per-call"),
             (line_in_the_background, "fire-and-forget"),
             (place_it_twice, "twice"),
             (the_price_of_bananas, "guesses-the-price"),
@@ -367,16 +528,18 @@ ANSWERS = {
         ],
     ),
     "enrich_in_parallel": Answers(
-        right=[gather_outside, one_statement, one_after_another],
+        right=[gather_outside, one_statement, one_after_another, each_in_its_turn],
         wrong=[
             (task_group_inside, "children-count-too"),
             (one_by_one_inside, "holds-and-waits"),
             (gather_on_one_session, "one-session-many-tasks"),
-            (a_few_at_a_time, "door-for-one-size"),
+            (a_few_at_a_time, "children-count-too"),
             (only_three, "not-what-was-asked"),
             (pairs, "not-what-was-asked"),
             (floats, "not-what-was-asked"),
             (nothing, "not-what-was-asked"),
+            (the_same_of_another_order, "not-what-was-asked"),
+            (only_those_with_a_price, "not-what-was-asked"),
         ],
     ),
 }
