@@ -21,7 +21,7 @@ import psutil
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from leftovers import await_that, has_ended
-from sqlalchemy import text
+from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from ormscope.lab import Recording, observe, storm
@@ -29,6 +29,7 @@ from ormscope.lab.observe import InstrumentError, WorkloadError
 from ormscope.lab.picture import _thinned, stored_picture
 from ormscope.lab.sending import UnsendableError
 from workshop.database import Server
+from workshop.shop import Product
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,6 +185,14 @@ def test_what_cannot_be_sent_is_named(name: str, server: Server) -> None:
         refused(workload)
     )
     assert "hand it plain values" in refused(workload)
+
+
+@pytest.mark.parametrize("statement", [select(Product.title), insert(Product)])
+def test_a_statement_of_the_orm_is_sent(statement: Any) -> None:
+    """Also one that only a nested function uses."""
+    source = USES_GLOBALS.format(name="str(statement)")
+    workload = in_a_cell(source, statement=statement)["workload"]
+    assert observe(workload, live=False).result == [str(statement)]
 
 
 def test_what_cannot_be_sent_is_named_wherever_it_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import linecache
 import os
 import pickle
@@ -14,6 +15,9 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
+from sqlalchemy import Executable
+from sqlalchemy.ext import serializer
+from sqlalchemy.orm import DeclarativeBase
 
 from ormscope.orm_internals import show_as
 from ormscope.places import is_cell
@@ -53,7 +57,7 @@ def payload(
         if is_cell(name) and len(entry) == 4
     }
     try:
-        code = cloudpickle.dumps((workload, arguments, options))
+        code = _pickled((workload, arguments, options))
     except Exception as error:
         culprit = next(_unsendable_parts(workload, arguments, options), "")
         reason = f", for {culprit} cannot" if culprit else ""
@@ -71,6 +75,36 @@ def payload(
         "drivers": drivers,
     }
     return pickle.dumps((setting, code))
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """Pickles also the ORM's statements, which know their mappers: SQLAlchemy has a serializer for those."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        entity = _entity_of(obj) if isinstance(obj, Executable) else None
+        if entity is None:
+            return super().reducer_override(obj)
+        return _statement, (serializer.dumps(obj), entity)  # type: ignore[no-untyped-call]
+
+
+def _pickled(value: Any) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file).dump(value)
+        return file.getvalue()
+
+
+def _entity_of(statement: Executable) -> type[DeclarativeBase] | None:
+    """The first mapped class of a statement; None where it has none that can be imported in another process."""
+    described = getattr(statement, "column_descriptions", None) or [
+        getattr(statement, "entity_description", {})
+    ]
+    entities = (column.get("entity") for column in described)
+    entity = next((entity for entity in entities if isinstance(entity, type)), None)
+    return None if entity is None or entity.__module__ == "__main__" else entity
+
+
+def _statement(serialized: bytes, entity: type[DeclarativeBase]) -> Any:
+    return serializer.loads(serialized, entity.metadata)  # type: ignore[no-untyped-call]
 
 
 def _refuse_what_is_no_workload(workload: Any) -> None:
@@ -116,7 +150,7 @@ def _unsendable_parts(
 
 def _is_sendable(value: Any) -> bool:
     try:
-        cloudpickle.dumps(value)
+        _pickled(value)
     except Exception:  # whatever its class raises: it is the reason that is looked for
         return False
     return True
