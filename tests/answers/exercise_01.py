@@ -83,6 +83,17 @@ async def by_a_statement_of_another_cell(Session, number, sku):
         )
 
 
+async def price_in_the_meantime(Session, number, sku):
+    """The task may have to wait for the order's connection, and the order waits for nobody."""
+    task = asyncio.create_task(price_of(Session, sku))
+    async with Session() as session:
+        await session.scalar(select(Product.title).where(Product.sku == sku))
+        await asyncio.sleep(0)
+    price = await task
+    async with Session.begin() as session:
+        session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=price)]))
+
+
 at_their_queue = {}
 
 
@@ -490,6 +501,7 @@ ANSWERS = {
             reuse,
             look_first,
             without_a_flush,
+            price_in_the_meantime,
             by_workers,
             by_a_statement_of_another_cell,
             with_a_generous_door,
@@ -514,7 +526,7 @@ ANSWERS = {
             (finish_first, "half-an-order"),
             (order_and_price_apart, "half-an-order"),
             (give_up_and_try_again, "holds-and-waits"),
-            (price_through_a_queue, "children-count-too"),
+            (price_through_a_queue, "holds-while-it-waits"),
             (one_price_at_a_time, "door-for-one-size"),
             (three_at_a_time, "needless-door"),
             (past_every_pool, "engine-per-call"),

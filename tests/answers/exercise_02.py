@@ -323,6 +323,26 @@ async def log_meanwhile(Orders, Audit, number, charge):
             await session.commit()
 
 
+async def log_once_the_order_is_done(Orders, Audit, number, charge):
+    """The task asks for a connection while its parent has one, and the parent does not wait for it then."""
+    async with Orders() as session:
+        session.add(Order(household_id=number))
+        await session.flush()
+        task = asyncio.create_task(log_with(Orders, number))
+        if await charge(number):
+            await session.commit()
+    await task
+
+
+async def in_the_background_of_the_order(Orders, Audit, number, charge):
+    async with Orders() as session:
+        session.add(Order(household_id=number))
+        await session.flush()
+        background.add(asyncio.create_task(log_with(Orders, number)))
+        if await charge(number):
+            await session.commit()
+
+
 ANSWERS = {
     "choose_the_permits": Answers(
         right=[by_the_formula, by_counting, as_many_as_hold_all_but_one],
@@ -348,6 +368,7 @@ ANSWERS = {
             only_the_order_in_a_savepoint,
             charge_first,
             log_meanwhile,
+            log_once_the_order_is_done,
         ],
         wrong=[
             (still_the_same_pool, "holds-and-waits"),
@@ -355,6 +376,7 @@ ANSWERS = {
             (in_the_same_transaction, "audit-rolls-back-too"),
             (commit_to_be_safe, "commits-what-should-roll-back"),
             (in_the_background, "fire-and-forget"),
+            (in_the_background_of_the_order, "fire-and-forget"),
             (log_only, "success-without-work"),
             (log_twice, "twice"),
             (commit_and_delete, "commits-what-should-roll-back"),

@@ -15,6 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from ormscope.lab import Recording
 from ormscope.places import calling_places, places
+from ormscope.waitgraph import below
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work
 from workshop.checks.rules import (
@@ -51,7 +52,7 @@ class Nested(Work, Unpooled):
     """The evidence of calls that are to need one connection at a time.
 
     `nested` tells the first time that a call asked for a connection while it had one; empty where none did.
-    `nested_in_a_task` says whether the second was for a task that the call had started meanwhile.
+    `nested_in_a_task` says whether the second was for a task that the call awaited meanwhile.
     """
 
     nested: str
@@ -62,7 +63,7 @@ class Nesting:
     """Watches the engines' pools; made before the learner's code runs, so that these are what they were at the end."""
 
     def __init__(self, *engines: AsyncEngine) -> None:
-        self._first = {"nested": "", "nested_in_a_task": False}
+        self._first: dict[str, Any] = {"nested": "", "nested_in_a_task": False}
         self._unpooling = Unpooling()
         for engine in engines:
             pool = engine.sync_engine.pool
@@ -75,15 +76,11 @@ class Nesting:
         return {**self._first, **vars(self._unpooling)}
 
     def _ask(self, pool: Pool, connect: Callable[[], Any]) -> Any:
-        held = [hold for hold in _holds.get() if hold.pool is pool and not hold.is_over]
-        if held and not self._first["nested"]:
-            own, first = _own_line(), held[0]
-            # A session closes in a task of SQLAlchemy's own, where the learner has no line.
-            where = own or "the end of a session's block"
-            self._first = {
-                "nested": f"{where}, asked for a connection while {first.place}, held one of the same pool.",
-                "nested_in_a_task": bool(own) and first.task is not asyncio.current_task(),
-            }
+        if not self._first["nested"]:
+            held = (hold for hold in _holds.get() if hold.pool is pool and not hold.is_over)
+            hold = next(filter(_waits_for_this_task, held), None)
+            if hold is not None:
+                self._first = _told(hold)
         return connect()
 
     def _checked_out(
@@ -95,6 +92,22 @@ class Nesting:
     def _checked_in(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         if _HOLD in entry.info:
             entry.info.pop(_HOLD).is_over = True
+
+
+def _waits_for_this_task(hold: _Hold) -> bool:
+    """Else its connection may come back meanwhile, whatever becomes of this task."""
+    task = asyncio.current_task()
+    return hold.task is task or (hold.task is not None and task in below(hold.task))
+
+
+def _told(hold: _Hold) -> dict[str, Any]:
+    own = _own_line()
+    # A session closes in a task of SQLAlchemy's own, where the learner has no line.
+    asks, holds = own or "the end of a session's block", hold.place or "another block"
+    return {
+        "nested": f"{asks}, asked for a connection while {holds}, held one of the same pool.",
+        "nested_in_a_task": bool(own) and hold.task is not asyncio.current_task(),
+    }
 
 
 def _own_line() -> str:
