@@ -91,9 +91,9 @@ def _reachable(function: FunctionType) -> Iterator[FunctionType]:
         reached = unseen.pop()
         yield reached
         for name in reached.__code__.co_names:
-            called = reached.__globals__.get(name)
+            called = function_of(reached.__globals__.get(name))
             if (
-                isinstance(called, FunctionType)
+                called is not None
                 and called.__globals__ is function.__globals__
                 and called not in seen
             ):

@@ -17,7 +17,7 @@ from ormscope.lab import Recording
 from ormscope.places import calling_places, places
 from ormscope.waitgraph import below
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Work
+from workshop.checks.evidence import Evidence, Work
 from workshop.checks.rules import (
     Rule,
     deadlock,
@@ -131,6 +131,12 @@ def asks_while_it_holds(run: Recording, seen: Nested) -> Iterator[Finding]:
     yield Finding("holds-and-waits", evidence)
 
 
+def leaves_a_session_open(run: Recording, seen: Evidence) -> Iterator[Finding]:
+    """Asked before the next one, which it may be the reason for; a load that was cancelled had no time to close any."""
+    if seen.ended:
+        yield from leaves_it_checked_out(run, seen)
+
+
 # In the order of asking; a task asks for its own rules on engines before these.
 ONE_AT_A_TIME: tuple[Rule[Nested], ...] = (
     connects_past_the_pools,
@@ -140,6 +146,7 @@ ONE_AT_A_TIME: tuple[Rule[Nested], ...] = (
     swallows_the_timeout,
     retries,
     fire_and_forget,
+    leaves_a_session_open,
     asks_while_it_holds,
     deadlock,
     leaves_it_checked_out,

@@ -54,7 +54,10 @@ def _last_line(request: Request) -> str:
 def changes_the_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
     """A pool that was lent was exchanged, or given other settings."""
     if seen.tampered:
-        yield Finding("changes-the-pool", "A pool came back with other settings than it had.")
+        yield Finding(
+            "changes-the-pool",
+            "A pool was exchanged, as by dispose(), or came back with other settings.",
+        )
 
 
 def engine_per_call(run: Recording, seen: Evidence) -> Iterator[Finding]:
