@@ -448,6 +448,13 @@ async def a_few_at_a_time(Session, sku):
     return dict(zip(skus, prices, strict=True))
 
 
+async def in_loops_of_their_own(Session, sku):
+    async with Session() as session:
+        skus = (await session.scalars(behind(sku))).all()
+    prices = (asyncio.to_thread(asyncio.run, price_of(Session, number)) for number in skus)
+    return dict(zip(skus, await asyncio.gather(*prices), strict=True))
+
+
 async def pairs(Session, sku):
     both = select(Product.sku, Product.unit_price).where(Product.sku.in_(behind(sku)))
     async with Session() as session:
@@ -547,6 +554,7 @@ ANSWERS = {
             (gather_on_one_session, "one-session-many-tasks"),
             (a_few_at_a_time, "children-count-too"),
             (only_three, "not-what-was-asked"),
+            (in_loops_of_their_own, "another-loop"),
             (pairs, "not-what-was-asked"),
             (floats, "not-what-was-asked"),
             (nothing, "not-what-was-asked"),

@@ -52,11 +52,13 @@ class Nested(Work, Unpooled):
     """The evidence of calls that are to need one connection at a time.
 
     `nested` tells the first time that a call asked for a connection while it had one; empty where none did.
-    `nested_in_a_task` says whether the second was for a task that the call awaited meanwhile.
+    `nested_in_a_task` says whether the second was for a task that the call awaited meanwhile. `from_another_loop` is
+    the line that asked for one in another event loop than the pool was lent to.
     """
 
     nested: str
     nested_in_a_task: bool
+    from_another_loop: str
 
 
 class Nesting:
@@ -64,6 +66,8 @@ class Nesting:
 
     def __init__(self, *engines: AsyncEngine) -> None:
         self._first: dict[str, Any] = {"nested": "", "nested_in_a_task": False}
+        self._from_another_loop = ""
+        self._loop = asyncio.get_running_loop()
         self._unpooling = Unpooling()
         for engine in engines:
             pool = engine.sync_engine.pool
@@ -73,9 +77,17 @@ class Nesting:
 
     def noted(self) -> dict[str, Any]:
         """What there is of Nested."""
-        return {**self._first, **vars(self._unpooling)}
+        return {
+            **self._first,
+            **vars(self._unpooling),
+            "from_another_loop": self._from_another_loop,
+        }
 
     def _ask(self, pool: Pool, connect: Callable[[], Any]) -> Any:
+        if asyncio.get_running_loop() is not self._loop:
+            self._from_another_loop = self._from_another_loop or _own_line()
+            # Else two threads would use a connection's memory at once, which can end the process.
+            raise RuntimeError("the pool belongs to another event loop")
         if not self._first["nested"]:
             held = (hold for hold in _holds.get() if hold.pool is pool and not hold.is_over)
             hold = next(filter(_waits_for_this_task, held), None)
@@ -131,6 +143,15 @@ def asks_while_it_holds(run: Recording, seen: Nested) -> Iterator[Finding]:
     yield Finding("holds-and-waits", evidence)
 
 
+def uses_another_loop(run: Recording, seen: Nested) -> Iterator[Finding]:
+    """A connection that is asked for by asyncio.run() in a thread."""
+    if seen.from_another_loop:
+        yield Finding(
+            "another-loop",
+            f"{seen.from_another_loop}, asked for a connection in an event loop of its own.",
+        )
+
+
 def leaves_a_session_open(run: Recording, seen: Evidence) -> Iterator[Finding]:
     """Asked before the next one, which it may be the reason for; a load that was cancelled had no time to close any."""
     if seen.ended:
@@ -140,6 +161,7 @@ def leaves_a_session_open(run: Recording, seen: Evidence) -> Iterator[Finding]:
 # In the order of asking; a task asks for its own rules on engines before these.
 ONE_AT_A_TIME: tuple[Rule[Nested], ...] = (
     connects_past_the_pools,
+    uses_another_loop,
     one_session_many_tasks,
     sleeps,
     one_at_a_time,

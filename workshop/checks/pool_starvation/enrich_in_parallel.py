@@ -103,8 +103,8 @@ enrich_in_parallel = Task(
     "shelf",
     load=show_shelves,
     trials=(
-        {"calls": 60, "capacity": 10, "first": 1_000_000},
-        {"calls": 20, "capacity": 1, "first": 870_000, "to_the_end": True},
+        {"calls": 30, "capacity": 10, "first": 1_000_000},
+        {"calls": 12, "capacity": 1, "first": 870_000, "to_the_end": True},
     ),
     rules=(*ENGINES, *ONE_AT_A_TIME),
     demands=(demands,),
