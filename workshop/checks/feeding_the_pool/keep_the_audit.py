@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from workshop.checks.rules import another_pool, changes_the_pool
 from workshop.checks.task import Task, Trials
 from workshop.shop import AuditEntry, Order
 
+_PLACED = "SELECT count(*) FROM orders WHERE household_id = $1"
+
 
 @dataclass(kw_only=True)
 class Charges(Nested):
     """Of orders whose card was `accepted` or `declined`, how many are placed and in the audit log.
 
     `asked` is for how many orders a card was charged, `charged_again` for how many more than once, and `early` how
-    many orders were committed when their card was charged. `sent` are those for which the learner's code wrote the
+    many of those that were `looked_at` were committed when their card was charged. `sent` are those for which the learner's code wrote the
     order, and `sent_to_log` those for which it wrote an entry, be it committed or not; `sent_although_declined` the
     same of declined ones. `other_detail` is that of an entry with something else for a detail. `too_many` is how
     many rows there are more than one for each call.
@@ -38,6 +41,7 @@ class Charges(Nested):
     asked: int
     charged_again: int
     early: int
+    looked_at: int
     placed: int
     placed_although_declined: int
     logged: int
@@ -86,14 +90,16 @@ async def charge_cards(
     customers = own_households()
     declined = {customers[number] for number in range(0, orders, 3)}
     charged, early = Counter[int](), set[int]()
+    # Not at all of them: that would slow down the orders, and what runs beside them would be done in time by chance.
+    looked_at = {customers[number] for number in range(0, orders, 6)}
     url = shop.url.set(drivername="postgresql").render_as_string(hide_password=False)
     nesting, written = Nesting(shop, log), Written(shop, log)
     async with asyncpg.create_pool(url, min_size=1, max_size=1) as others:
 
         async def charge(number: int) -> bool:
             charged[number] += 1
-            seen = "SELECT count(*) FROM orders WHERE household_id = $1"
-            if await others.fetchval(seen, number):
+            await asyncio.sleep(0)  # a card terminal in the same process answers at once
+            if number in looked_at and await others.fetchval(_PLACED, number):
                 early.add(number)
             return number not in declined
 
@@ -123,6 +129,7 @@ async def charge_cards(
         asked=len(charged),
         charged_again=sum(count > 1 for count in charged.values()),
         early=len(early),
+        looked_at=len(looked_at),
         placed=len(accepted.intersection(placed)),
         placed_although_declined=len(declined.intersection(placed)),
         logged=len(accepted.intersection(logged)),
@@ -144,7 +151,7 @@ def one_charge_each(run: Recording, seen: Charges) -> Iterator[Finding]:
     if seen.early:
         yield Finding(
             "commits-what-should-roll-back",
-            f"When their card was charged, {seen.early} of {run.announced} orders were committed already.",
+            f"When their card was charged, {seen.early} of {seen.looked_at} orders were committed already.",
         )
     if seen.placed_although_declined:
         yield Finding(
