@@ -30,10 +30,10 @@ class Charges(Nested):
     """Of orders whose card was `accepted` or `declined`, how many are placed and in the audit log.
 
     `asked` is for how many orders a card was charged, `charged_again` for how many more than once, and `early` how
-    many of those that were `looked_at` were committed when their card was charged. `sent` are those for which the learner's code wrote the
-    order, and `sent_to_log` those for which it wrote an entry, be it committed or not; `sent_although_declined` the
-    same of declined ones. `other_detail` is that of an entry with something else for a detail. `too_many` is how
-    many rows there are more than one for each call.
+    many of those that were `looked_at` were committed when their card was charged. `sent` are those for which the
+    learner's code wrote the order, and `sent_to_log` those for which it wrote an entry, be it committed or not;
+    `sent_although_declined` the same of declined ones. `other_detail` is that of an entry with something else for a
+    detail. `too_many` is how many rows there are more than one for each call.
     """
 
     accepted: int
