@@ -8,9 +8,10 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FrameType
 
 from sqlalchemy.util.queue import Queue as PoolQueue
@@ -41,9 +42,9 @@ class Pulse:
 
     `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it was
     seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the task's own.
-    `longest_work` is the longest time that the loop's thread worked from one beat to the next, in seconds of its
-    own: while the machine is busy with others, it does not work. `threads` is the most threads at once, beyond
-    those at the beginning.
+    `longest_work` is the longest time that the loop's thread worked in one step of the loop, in seconds of its own:
+    while the machine is busy with others, it does not work. `threads` is the most threads at once, beyond those at
+    the beginning.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,8 @@ class Pulse:
         self._closed = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
-        self._beaten, self._worked = time.perf_counter(), time.thread_time()
+        self._beaten = time.perf_counter()
+        self._began = time.thread_time()  # of the step in which this is made
         self._seen_at: float | None = None  # the beat after which the learner's code was seen
         self._handle = self._loop.call_soon(self._beat)
         self._threads_before = threading.active_count() + 1  # with the one that looks
@@ -70,20 +72,32 @@ class Pulse:
     def close(self) -> None:
         """Stop, and count what is going on."""
         self._count()
+        self._note_work()
         self._handle.cancel()
         self._closed.set()
         self._looker.join()
+
+    def step(self, run: Callable[[], None]) -> None:
+        """Take a step of a loop, and note how long it took if it is this one."""
+        is_mine = threading.get_ident() == self._loop_thread
+        if is_mine:
+            self._began = time.thread_time()
+        run()
+        if is_mine:
+            self._note_work()
+
+    def _note_work(self) -> None:
+        self.longest_work = max(self.longest_work, time.thread_time() - self._began)
 
     def _beat(self) -> None:
         self._count()
         self._handle = self._loop.call_later(_BEAT_SECONDS, self._beat)
 
     def _count(self) -> None:
-        now, worked = time.perf_counter(), time.thread_time()
+        now = time.perf_counter()
         if self._seen_at == self._beaten:
             self.stood_still += now - self._beaten
-        self.longest_work = max(self.longest_work, worked - self._worked)
-        self._beaten, self._worked = now, worked
+        self._beaten = now
 
     def _look(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
@@ -116,8 +130,14 @@ def _is_learners(frame: FrameType) -> bool:
 @contextmanager
 def pulse() -> Iterator[Pulse]:
     """Measure the pulse of the running event loop from here to the end of the block."""
-    measured = Pulse()
+    measured, run = Pulse(), asyncio.Handle._run
+
+    def step(handle: asyncio.Handle) -> None:
+        measured.step(partial(run, handle))
+
+    asyncio.Handle._run = step  # type: ignore[assignment, method-assign]
     try:
         yield measured
     finally:
+        asyncio.Handle._run = run  # type: ignore[method-assign]
         measured.close()
