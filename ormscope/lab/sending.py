@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import linecache
 import os
 import pickle
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 from sqlalchemy import Executable
@@ -77,8 +80,34 @@ def payload(
     return pickle.dumps((setting, code))
 
 
+def _executor_anew(executor: ThreadPoolExecutor) -> tuple[Any, ...]:
+    return ThreadPoolExecutor, (executor._max_workers, executor._thread_name_prefix)
+
+
+def _cache_anew(cached: Any) -> str | tuple[Any, ...]:
+    if cached.__module__ != "__main__":
+        return str(cached.__reduce__())
+    return _cached, (cached.__wrapped__, cached.cache_parameters())
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Pickles also the ORM's statements, which know their mappers: SQLAlchemy has a serializer for those."""
+    """Pickles besides what another process can make anew.
+
+    That is the ORM's statements, which know their mappers (SQLAlchemy has a serializer for those), thread pools, and
+    what functools has cached a function with.
+    """
+
+    dispatch_table: ClassVar[Any] = ChainMap(
+        {
+            ThreadPoolExecutor: _executor_anew,
+            type(functools.cache(len)): _cache_anew,
+        },
+        cloudpickle.Pickler.dispatch_table,
+    )
 
     def reducer_override(self, obj: Any) -> Any:
         entity = _entity_of(obj) if isinstance(obj, Executable) else None

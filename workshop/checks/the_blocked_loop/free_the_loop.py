@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn, cast
 
 import psycopg  # noqa: F401 (its import takes a moment, and would count as a stall of the learner's)
 from sqlalchemy import Engine, create_engine, func, select
@@ -19,9 +21,10 @@ from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
+from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
+    another_pool,
     changes_the_pool,
-    engine_per_call,
     leaves_it_checked_out,
     one_session_many_tasks,
     own_pools,
@@ -36,21 +39,29 @@ _AGAIN = 4
 _STOOD_STILL = 0.6  # seconds in all; a dozen reports in the loop's thread take twice as long
 _LOOP_THREADS = 8
 _MOST_THREADS = 16
+_MOST_STEPS = 200  # of the loop for each report; a right one needs two dozen
 _OLD_TIMEOUT = 1.0
+_OTHER_LOOP = ("attached to a different loop", "bound to a different event loop")
 
 
 @dataclass(kw_only=True)
 class Reports(Evidence):
-    """How many reports were `right`, and what the loop's pulse showed meanwhile: see `Pulse`.
+    """How many reports were `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
+    `Pulse`.
 
-    `still_working` is how many connections were busy for nobody when all calls had ended.
+    `processes` is how many processes the code wanted to start, `disposed` whether an engine has another pool than it
+    had, and `still_working` how many connections were busy for nobody when all calls had ended.
     """
 
     right: int
+    another: Finding | None
     stood_still: float
     stands_at: str
     waits: Counter[str]
     threads: int
+    steps: int
+    processes: int
+    disposed: bool
     still_working: int
 
     @property
@@ -84,23 +95,49 @@ async def ask_for_reports(
     async def ask(number: int) -> None:
         told.append((skus[number], await report(old, shop, skus[number])))
 
+    pools = shop.pool, old.pool
     # What is asked of an asynchronous pool is asked of a synchronous one as well.
     async with evidence(conditions, shop, cast(AsyncEngine, old)) as noted:
-        with pulse() as measured:
+        with _no_processes() as wished, pulse() as measured:
             await storm(ask, calls)
             if measured.stood_still < _STOOD_STILL:
                 await storm(ask, _AGAIN)
     still_working = _checked_out(old)
+    disposed = (shop.pool, old.pool) != pools
     await shop.dispose()
+    others = [(sku, row) for sku, row in told if not is_same(_figures(row), wanted[sku])]
     return Reports(
         **vars(noted),
-        right=sum(_figures(row) == wanted[sku] for sku, row in told),
+        right=len(told) - len(others),
+        another=next(
+            (another_answer(f"report(old, shop, {sku})", row, wanted[sku]) for sku, row in others),
+            None,
+        ),
         stood_still=measured.stood_still,
         stands_at=measured.stands_at,
         waits=measured.waits,
         threads=measured.threads,
+        steps=measured.steps,
+        processes=len(wished),
+        disposed=disposed,
         still_working=still_working,
     )
+
+
+@contextmanager
+def _no_processes() -> Iterator[list[BaseProcess]]:
+    """Note each process that is to be started, and start none: it would outlive the check, or wait for ever."""
+    wished, start = list[BaseProcess](), BaseProcess.start
+
+    def refuse(process: BaseProcess) -> NoReturn:
+        wished.append(process)
+        raise RuntimeError("the check starts no other process")
+
+    BaseProcess.start = refuse  # type: ignore[assignment, method-assign]
+    try:
+        yield wished
+    finally:
+        BaseProcess.start = start  # type: ignore[method-assign]
 
 
 def _checked_out(engine: Engine) -> int:
@@ -109,10 +146,59 @@ def _checked_out(engine: Engine) -> int:
 
 def _figures(row: Any) -> tuple[Any, ...] | None:
     """What a report says, as a row, a tuple or a list; None where it is no such thing."""
-    try:
-        return tuple(row)[:2]
-    except TypeError:
+    if isinstance(row, str | bytes | Mapping) or not hasattr(type(row), "__len__"):
         return None
+    return tuple(row)
+
+
+def starts_processes(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Another process, to which an engine cannot go."""
+    if seen.processes:
+        yield Finding(
+            "process-takes-no-engine",
+            "Your code wanted to start other processes; the check let none of them start.",
+        )
+
+
+def engines_again_and_again(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """An engine for each call, or nearly."""
+    if len(own_pools(run, seen)) > run.announced // 2:
+        yield Finding("engine-per-call", "Your code made engines of its own, again and again.")
+
+
+def asks_another_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """A loop of its own, with connections of the first."""
+    if any(text in request.error for request in run.requests for text in _OTHER_LOOP):
+        yield Finding(
+            "another-loop", "The call raised RuntimeError: what it awaited belongs to another loop."
+        )
+
+
+def turns_round_and_round(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """A loop that never rests while it waits."""
+    if seen.steps > _MOST_STEPS * run.announced:
+        yield Finding(
+            "asks-again-and-again",
+            f"The loop took more than {_MOST_STEPS} steps for each report; it needs two dozen or so.",
+        )
+
+
+def disposes_of_an_engine(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """An engine that came back with another pool."""
+    if seen.disposed:
+        yield Finding(
+            "not-what-was-asked",
+            "An engine had another pool afterwards, as dispose() gives it one: both were to stay as they are.",
+        )
+
+
+def connects_past_the_engines(run: Recording, seen: Reports) -> Iterator[Finding]:
+    """Connections of its own, where both pools stay unused."""
+    if seen.right and not any(pool.most_checked_out for pool in run.pools[: seen.lent]):
+        yield Finding(
+            "past-the-pools",
+            f"{seen.right} reports were made, and neither engine lent a connection for one of them.",
+        )
 
 
 def blocks_the_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
@@ -178,11 +264,8 @@ def limit_ends_the_thread(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
     """Each call returns the lines and the revenue, fresh from PostgreSQL."""
-    if seen.right < run.announced:
-        yield Finding(
-            "success-without-work",
-            f"{run.completed} calls ended without an error, and {seen.right} returned the lines and the revenue.",
-        )
+    if seen.another is not None:
+        yield seen.another
     if any(request.end - request.start < 0.9 * _REPORT_SECONDS for request in run.requests):
         yield Finding(
             "success-without-work",
@@ -206,13 +289,19 @@ free_the_loop = Task(
     load=ask_for_reports,
     trials=({"calls": 12, "capacity": 8}, {"calls": 40, "capacity": 10}),
     rules=(
+        starts_processes,
         sync_engine_in_async_code,
         # Before the loop's pulse: to make an engine takes a moment, on a busy machine a long one.
-        engine_per_call,
+        engines_again_and_again,
+        asks_another_loop,
         blocks_the_loop,
+        turns_round_and_round,
         thread_for_each_call,
+        another_pool,
+        disposes_of_an_engine,
         changes_the_pool,
         one_session_many_tasks,
+        connects_past_the_engines,
         one_at_a_time_in_the_background,
         limit_ends_the_thread,
         leaves_it_checked_out,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
 import time
@@ -12,17 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType
 
 from sqlalchemy.util.queue import Queue as PoolQueue
 
-from ormscope.places import is_user_code, place
+from ormscope.places import place
 from ormscope.stacks import thread_frames
+from workshop.checks.unheard import is_learners
 
 _BEAT_SECONDS = 0.005
 _LOOK_SECONDS = 0.01
 _LATE_SECONDS = 0.07  # that the loop must be late before anybody asks why; a report takes longer
-_CHECKS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 _LOOP_STEP = asyncio.Handle._run.__code__
 _POOL_WAIT = PoolQueue.get.__code__
 _THREAD_WAITS: set[CodeType] = {
@@ -43,8 +42,8 @@ class Pulse:
     `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it was
     seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the task's own.
     `longest_work` is the longest time that the loop's thread worked in one step of the loop, in seconds of its own:
-    while the machine is busy with others, it does not work. `threads` is the most threads at once, beyond those at
-    the beginning.
+    while the machine is busy with others, it does not work. `steps` is how many steps it took, and `threads` the most
+    threads at once, beyond those at the beginning.
     """
 
     def __init__(self) -> None:
@@ -52,6 +51,7 @@ class Pulse:
         self.waits = Counter[str]()
         self._places = Counter[str]()
         self.longest_work = 0.0
+        self.steps = 0
         self.threads = 0
         self._closed = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -81,6 +81,7 @@ class Pulse:
         """Take a step of a loop, and note how long it took if it is this one."""
         is_mine = threading.get_ident() == self._loop_thread
         if is_mine:
+            self.steps += 1
             self._began = time.thread_time()
         run()
         if is_mine:
@@ -106,7 +107,7 @@ class Pulse:
             if time.perf_counter() - beaten < _LATE_SECONDS:
                 continue
             frames = thread_frames(self._loop_thread)
-            own = [frame for frame in frames if _is_learners(frame)]
+            own = [frame for frame in frames if is_learners(frame.f_code.co_filename)]
             if not own:
                 continue
             self._seen_at = beaten
@@ -120,11 +121,6 @@ class Pulse:
             else:
                 self.waits["call"] += 1
             self._places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
-
-
-def _is_learners(frame: FrameType) -> bool:
-    filename = frame.f_code.co_filename
-    return is_user_code(filename) and not filename.startswith(_CHECKS)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.memory import expunge_all_in_a_stream
+from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
     cursor_without_transaction,
     leaves_it_checked_out,
@@ -75,7 +75,7 @@ class Sums(Evidence):
 
     `kept` is for how long the loop was kept in one go, as a part of how long the code as given keeps it, and `alive`
     how many lines were there as objects at once. `right` says whether all sums are exact, and `nearly` whether they
-    are but for what a float loses; `told` is in words what came back instead, `left_out` which lines are not in it.
+    are but for what a float loses; `another` says what came back otherwise, and `left_out` which lines are not in it.
     """
 
     lines: int
@@ -85,7 +85,7 @@ class Sums(Evidence):
     asked: Statements
     right: bool
     nearly: bool
-    told: str
+    another: Finding
     left_out: str
 
 
@@ -131,10 +131,10 @@ async def sum_stores(
         kept=min(kept, default=0.0),
         alive=max(alive),
         asked=asked,
-        right=_is_exactly(answer, right),
+        right=is_same(answer, right),
         nearly=_nearly(answer, right),
-        told=_told(answer, right),
-        left_out=next((name for name, sums in without.items() if _is_exactly(answer, sums)), ""),
+        another=another_answer(f"revenue(Session, {first}, {last})", answer, right),
+        left_out=next((name for name, sums in without.items() if is_same(answer, sums)), ""),
     )
 
 
@@ -183,12 +183,6 @@ def _objects_alive() -> Iterator[list[int]]:
         event.remove(Session, "after_begin", note)
 
 
-def _is_exactly(answer: Any, sums: dict[int, Decimal]) -> bool:
-    return isinstance(answer, Mapping) and (
-        dict(answer) == sums and not any(isinstance(value, float) for value in answer.values())
-    )
-
-
 def _nearly(answer: Any, right: dict[int, Decimal]) -> bool:
     """Whether an answer has the right stores and sums, but for what a float loses."""
     try:
@@ -197,28 +191,6 @@ def _nearly(answer: Any, right: dict[int, Decimal]) -> bool:
         )
     except (AttributeError, TypeError, ValueError):
         return False
-
-
-def _told(answer: Any, right: dict[int, Decimal]) -> str:
-    """What an answer says that is not right, in words."""
-    if not isinstance(answer, Mapping):
-        return f"It returned {_shown(answer)}; a dictionary from store_id to the sum was asked for."
-    if answer.keys() != right.keys():
-        missing, more = right.keys() - answer.keys(), answer.keys() - right.keys()
-        of_them = f"such as {_shown(next(iter(missing or more)))}"
-        return f"Of the {len(right)} stores {len(missing)} are missing, and {len(more)} are too many, {of_them}."
-    differs = [store for store in right if answer[store] != right[store]]
-    if not differs:
-        return ""
-    store = differs[0]
-    return (
-        f"{len(differs)} of {len(right)} sums differ: for store {store} it returned {_shown(answer[store])},"
-        f" and {_shown(right[store])} was expected."
-    )
-
-
-def _shown(told: Any) -> str:
-    return f"{reprlib.repr(told)} ({type(told).__name__})"
 
 
 def keeps_the_loop(run: Recording, seen: Sums) -> Iterator[Finding]:
@@ -276,7 +248,7 @@ def demands(run: Recording, seen: Sums) -> Iterator[Finding]:
             f"The sums are right but for {seen.left_out}: `first` to `last` was asked for, both included.",
         )
     if not seen.right:
-        yield Finding("not-what-was-asked", seen.told)
+        yield seen.another
 
 
 def prove(trials: Trials[Sums]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
+from workshop.checks.returned import another_answer
 from workshop.checks.task import Task, Trials
 from workshop.checks.watching_the_pool.situations import (
     SITUATIONS,
@@ -81,14 +81,14 @@ _SILENCES = (
 class Pages(Evidence):
     """For each situation, whether the learner's function `paged`, and whether that was `wanted`.
 
-    `odd` is what it returned that is neither True nor False, in words; `changed` the situation in which it said
+    `odd` tells the first answer that is neither True nor False, and `changed` the situation in which it said
     something else when it was asked again. `paged_later` says whether it paged when the first in line had waited
     for an hour longer than in the situation "overloaded".
     """
 
     paged: dict[str, bool]
     wanted: dict[str, bool]
-    odd: str
+    odd: Finding | None
     changed: str
     paged_later: bool
 
@@ -131,14 +131,17 @@ async def ask_whether_to_page(
             for name in reversed(SITUATIONS):
                 await storm(partial(ask_again, name), 1)
             await storm(ask_later, 1)
-    odd = {name: found for name, found in told.items() if not _is_true_or_false(found)}
+    wanted = {name: needs_somebody(shown[name], bears[name]) for name in SITUATIONS}
+    odd = (
+        another_answer(f"{SITUATIONS[name].capitalize()}, should_page", found, wanted[name])
+        for name, found in told.items()
+        if not _is_true_or_false(found)
+    )
     return Pages(
         **vars(noted),
         paged={name: _is_true(found) for name, found in told.items()},
-        wanted={name: needs_somebody(shown[name], bears[name]) for name in SITUATIONS},
-        odd="; ".join(
-            f"{_shown(found)} {SITUATIONS[name]}" for name, found in list(odd.items())[:1]
-        ),
+        wanted=wanted,
+        odd=next(odd, None),
         changed=next((name for name in again if _is_true(again[name]) != _is_true(told[name])), ""),
         paged_later=any(map(_is_true, later)),
     )
@@ -154,15 +157,10 @@ def _is_true(told: Any) -> bool:
     return _is_true_or_false(told) and bool(told)
 
 
-def _shown(told: Any) -> str:
-    """What the learner's function returned, with its class, shortened."""
-    return f"{reprlib.repr(told)} ({type(told).__name__})"
-
-
 def returns_something_else(run: Recording, seen: Pages) -> Iterator[Finding]:
     """Neither True nor False, or one at first and the other when asked again."""
-    if seen.odd:
-        yield Finding("not-what-was-asked", f"It returned {seen.odd}. True or False was asked for.")
+    if seen.odd is not None:
+        yield seen.odd
     if seen.changed:
         first, then = ("paged", "did not") if seen.paged[seen.changed] else ("did not page", "did")
         yield Finding(
