@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
 from sqlalchemy import Float, cast, create_engine, func, select, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from answers import Answers
@@ -159,6 +161,81 @@ async def never_close_the_connection(old, shop, sku):
     return await with_the_driver_that_awaits(old, shop, sku)
 
 
+SHARED_EXECUTOR = ThreadPoolExecutor(8)
+
+
+async def in_an_executor_of_the_notebook(old, shop, sku):
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(SHARED_EXECUTOR, report_of, old, sku)
+
+
+@functools.cache
+def executor_made_once():
+    return ThreadPoolExecutor(8)
+
+
+async def with_a_future_of_the_executor(old, shop, sku):
+    return await asyncio.wrap_future(executor_made_once().submit(report_of, old, sku))
+
+
+async def on_the_raw_connection_of_the_pool(old, shop, sku):
+    async with shop.connect() as connection:
+        raw = (await connection.get_raw_connection()).driver_connection
+        return await raw.fetchrow(REPORT.replace(":sku", "$1"), sku)
+
+
+async def in_another_process(old, shop, sku):
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor() as executor:
+        return await loop.run_in_executor(executor, report_of, old, sku)
+
+
+async def is_it_there_yet(old, shop, sku):
+    made = asyncio.ensure_future(in_a_thread(old, shop, sku))
+    while not made.done():
+        await asyncio.sleep(0)
+    return made.result()
+
+
+async def on_another_loop(old, shop, sku):
+    return await asyncio.to_thread(asyncio.run, with_the_driver_that_awaits(old, shop, sku))
+
+
+async def past_the_engines(old, shop, sku):
+    asyncpg = __import__("asyncpg")
+    url = make_url(database_url()).set(drivername="postgresql")
+    connection = await asyncpg.connect(url.render_as_string(hide_password=False))
+    row = await connection.fetchrow(REPORT.replace(":sku", "$1"), sku)
+    await connection.close()
+    return row
+
+
+async def one_engine_more(old, shop, sku):
+    if not shared:
+        shared["engine"] = create_async_engine(database_url(), pool_size=10)
+    return await with_the_driver_that_awaits(old, shared["engine"], sku)
+
+
+async def with_a_new_pool_afterwards(old, shop, sku):
+    row = await with_the_driver_that_awaits(old, shop, sku)
+    await shop.dispose()
+    return row
+
+
+async def coroutine_of_a_thread(old, shop, sku):
+    return asyncio.to_thread(report_of, old, sku)
+
+
+async def as_a_dictionary(old, shop, sku):
+    row = await with_the_driver_that_awaits(old, shop, sku)
+    return {"lines": row.lines, "revenue": row.revenue}
+
+
+async def revenue_first(old, shop, sku):
+    lines, revenue = await with_the_driver_that_awaits(old, shop, sku)
+    return revenue, lines
+
+
 # The sums
 
 
@@ -206,6 +283,127 @@ async def pages_by_key(Session, first, last):
         while sales := (await session.scalars(page.where(Sale.id > done))).all():
             add(sums, sales)
             done = sales[-1].id
+    return sums
+
+
+async def columns_at_once(Session, first, last):
+    columns = lines_of(first, last).with_only_columns(Sale.store_id, Sale.sales_value)
+    sums = Counter()
+    async with Session() as session:
+        for store, value in (await session.execute(columns)).all():
+            sums[store] += value
+    return sums
+
+
+async def five_ranges_at_a_time(Session, first, last):
+    sums, door = {}, asyncio.Semaphore(5)
+
+    async def part(start):
+        async with door, Session() as session:
+            add(sums, (await session.scalars(lines_of(start, min(start + 999, last)))).all())
+
+    async with asyncio.TaskGroup() as group:
+        for start in range(first, last + 1, 1_000):
+            group.create_task(part(start))
+    return sums
+
+
+async def three_ranges(Session, first, last):
+    sums, step = {}, (last - first) // 3 + 1
+    async with Session() as session:
+        for start in range(first, last + 1, step):
+            end = min(start + step - 1, last)
+            add(sums, (await session.scalars(lines_of(start, end))).all())
+    return sums
+
+
+async def sorted_columns(Session, first, last):
+    columns = lines_of(first, last).with_only_columns(Sale.store_id, Sale.sales_value)
+    sums = Counter()
+    async with Session() as session:
+        for store, value in sorted((await session.execute(columns)).all()):
+            sums[store] += value
+    return sums
+
+
+async def scalars_with_yield_per(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        for sale in await session.scalars(in_batches_of(1_000, first, last)):
+            add(sums, [sale])
+    return sums
+
+
+async def batches_in_a_list(Session, first, last):
+    sums, sales = {}, []
+    async with Session() as session:
+        stream = await session.stream_scalars(in_batches_of(1_000, first, last))
+        async for batch in stream.partitions():
+            sales += batch
+    add(sums, sales)
+    return sums
+
+
+async def all_of_the_stream(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        stream = await session.stream_scalars(in_batches_of(1_000, first, last))
+        add(sums, await stream.all())
+    return sums
+
+
+async def batches_of_five_thousand(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        stream = await session.stream_scalars(in_batches_of(5_000, first, last))
+        async for batch in stream.partitions():
+            add(sums, batch)
+    return sums
+
+
+async def a_statement_for_each_line(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        for number in range(first, last + 1):
+            if sale := await session.get(Sale, number):
+                add(sums, [sale])
+    return sums
+
+
+async def pages_in_no_order(Session, first, last):
+    sums, page, offset = {}, lines_of(first, last).limit(1_000), 0
+    async with Session() as session:
+        while sales := (await session.scalars(page.offset(offset))).all():
+            add(sums, sales)
+            offset += 1_000
+    return sums
+
+
+async def without_the_ends(Session, first, last):
+    return await by_the_database(Session, first + 1, last - 1)
+
+
+async def printed(Session, first, last):
+    print(await by_the_database(Session, first, last))
+
+
+async def commit_after_each_batch(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        stream = await session.stream_scalars(in_batches_of(1_000, first, last))
+        async for batch in stream.partitions():
+            add(sums, batch)
+            await session.commit()
+    return sums
+
+
+async def forget_after_each_batch(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        stream = await session.stream_scalars(in_batches_of(1_000, first, last))
+        async for batch in stream.partitions():
+            add(sums, batch)
+            session.expunge_all()
     return sums
 
 
@@ -273,8 +471,20 @@ ANSWERS = {
             in_a_thread,
             through_run_sync,
             in_an_executor_of_its_own,
+            in_an_executor_of_the_notebook,
+            with_a_future_of_the_executor,
+            on_the_raw_connection_of_the_pool,
         ],
         wrong=[
+            (in_another_process, "process-takes-no-engine"),
+            (is_it_there_yet, "asks-again-and-again"),
+            (on_another_loop, "another-loop"),
+            (past_the_engines, "past-the-pools"),
+            (one_engine_more, "another-pool"),
+            (with_a_new_pool_afterwards, "not-what-was-asked"),
+            (coroutine_of_a_thread, "never-awaited"),
+            (as_a_dictionary, "not-what-was-asked"),
+            (revenue_first, "not-what-was-asked"),
             (in_a_task_of_its_own, "async-def-is-enough"),
             (with_more_connections, "more-connections-for-one-thread"),
             (one_by_one_on_the_loop, "blocks-one-at-a-time"),
@@ -298,6 +508,8 @@ ANSWERS = {
             by_the_database,
             objects_in_batches,
             columns_streamed,
+            columns_at_once,
+            five_ranges_at_a_time,
             pages_by_key,
         ],
         wrong=[
@@ -306,7 +518,19 @@ ANSWERS = {
             (in_one_batch, "one-huge-batch"),
             (line_by_line, "batch-of-one"),
             (with_a_session_in_a_thread, "sync-face-of-an-async-engine"),
-            (the_first_thousand, "part-of-the-rows"),
+            (three_ranges, "the-driver-awaits-so-all-is-well"),
+            (sorted_columns, "the-driver-awaits-so-all-is-well"),
+            (scalars_with_yield_per, "yield-per-without-stream"),
+            (batches_in_a_list, "collects-the-batches"),
+            (all_of_the_stream, "collects-the-batches"),
+            (batches_of_five_thousand, "one-huge-batch"),
+            (a_statement_for_each_line, "batch-of-one"),
+            (pages_in_no_order, "pages-in-no-order"),
+            (without_the_ends, "not-what-was-asked"),
+            (printed, "not-what-was-asked"),
+            (commit_after_each_batch, "stream-without-its-transaction"),
+            (forget_after_each_batch, "expunge-all-in-a-stream"),
+            (the_first_thousand, "not-what-was-asked"),
             (sums_of_floats, "floats-lose-cents"),
         ],
     ),

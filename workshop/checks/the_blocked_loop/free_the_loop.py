@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, cast
 
 import psycopg  # noqa: F401 (its import takes a moment, and would count as a stall of the learner's)
-from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy import Engine, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
@@ -46,13 +46,16 @@ _OTHER_LOOP = ("attached to a different loop", "bound to a different event loop"
 
 @dataclass(kw_only=True)
 class Reports(Evidence):
-    """How many reports were `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
+    """How many reports were asked for `at_once`, how many connections the engines lent for them, how many reports were
+    `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
     `Pulse`.
 
     `processes` is how many processes the code wanted to start, `disposed` whether an engine has another pool than it
     had, and `still_working` how many connections were busy for nobody when all calls had ended.
     """
 
+    at_once: int
+    checkouts: int
     right: int
     another: Finding | None
     stood_still: float
@@ -95,12 +98,14 @@ async def ask_for_reports(
     async def ask(number: int) -> None:
         told.append((skus[number], await report(old, shop, skus[number])))
 
-    pools = shop.pool, old.pool
+    pools, lent = (shop.pool, old.pool), list[None]()
+    for engine in (shop.sync_engine, old):
+        event.listen(engine, "checkout", lambda *about: lent.append(None))
     # What is asked of an asynchronous pool is asked of a synchronous one as well.
     async with evidence(conditions, shop, cast(AsyncEngine, old)) as noted:
         with _no_processes() as wished, pulse() as measured:
             await storm(ask, calls)
-            if measured.stood_still < _STOOD_STILL:
+            if measured.stood_still < _STOOD_STILL and len(told) == calls:
                 await storm(ask, _AGAIN)
     still_working = _checked_out(old)
     disposed = (shop.pool, old.pool) != pools
@@ -108,6 +113,8 @@ async def ask_for_reports(
     others = [(sku, row) for sku, row in told if not is_same(_figures(row), wanted[sku])]
     return Reports(
         **vars(noted),
+        at_once=calls,
+        checkouts=len(lent),
         right=len(told) - len(others),
         another=next(
             (another_answer(f"report(old, shop, {sku})", row, wanted[sku]) for sku, row in others),
@@ -194,7 +201,7 @@ def disposes_of_an_engine(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def connects_past_the_engines(run: Recording, seen: Reports) -> Iterator[Finding]:
     """Connections of its own, where both pools stay unused."""
-    if seen.right and not any(pool.most_checked_out for pool in run.pools[: seen.lent]):
+    if seen.right and not seen.checkouts:
         yield Finding(
             "past-the-pools",
             f"{seen.right} reports were made, and neither engine lent a connection for one of them.",
@@ -239,7 +246,7 @@ def thread_for_each_call(run: Recording, seen: Reports) -> Iterator[Finding]:
     if seen.threads > _MOST_THREADS:
         yield Finding(
             "thread-for-each-call",
-            f"For {run.announced - _AGAIN} reports at once there were more than {_MOST_THREADS} threads.",
+            f"For {seen.at_once} reports at once there were more than {_MOST_THREADS} threads.",
         )
 
 

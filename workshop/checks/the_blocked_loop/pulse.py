@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 
 from sqlalchemy.util.queue import Queue as PoolQueue
 
@@ -107,7 +107,7 @@ class Pulse:
             if time.perf_counter() - beaten < _LATE_SECONDS:
                 continue
             frames = thread_frames(self._loop_thread)
-            own = [frame for frame in frames if is_learners(frame.f_code.co_filename)]
+            own = [frame for frame in frames if _is_learners(frame)]
             if not own:
                 continue
             self._seen_at = beaten
@@ -121,6 +121,11 @@ class Pulse:
             else:
                 self.waits["call"] += 1
             self._places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
+
+
+def _is_learners(frame: FrameType) -> bool:
+    filename = frame.f_code.co_filename
+    return filename != "<string>" and is_learners(filename)  # with which the process began
 
 
 @contextmanager

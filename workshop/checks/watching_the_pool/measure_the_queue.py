@@ -32,9 +32,10 @@ _ENGINES = 2  # of the shop, and of the nightly job
 
 @dataclass(kw_only=True)
 class Day(Evidence):
-    """The scrapes of a day, and of the night after it."""
+    """The scrapes of a day, and of the night after it; `odd` is what was returned instead of a function."""
 
     looks: list[Look]
+    odd: Finding | None
 
     def wrong(self, number: str) -> list[Look]:
         """The scrapes in which a number was not the true one."""
@@ -66,12 +67,12 @@ async def scrape_a_day(
         with contextlib.suppress(GaveUpError):
             await shop.begin()
             await _day(shop, queue)
-    if noted.ended and not any(look.hung or look.on_the_loop for look in shop.looks):
+    if noted.ended and not shop.gave_up:
         with contextlib.suppress(GaveUpError):
             await _evening(shop)
             await nightly.begin()
             await _night(nightly)
-    return Day(**vars(noted), looks=shop.looks + nightly.looks)
+    return Day(**vars(noted), looks=shop.looks + nightly.looks, odd=shop.odd)
 
 
 async def _day(shop: Scraped, queue: int) -> None:
@@ -120,6 +121,13 @@ async def _night(nightly: Scraped) -> None:
         await nightly.look("NullPool", 3)
 
 
+def returns_something_else(run: Recording, seen: Day) -> Iterator[Finding]:
+    """No function, no dictionary of numbers; or a scrape that left the pool or the scope otherwise than it was."""
+    if seen.odd is not None:
+        yield seen.odd
+    yield from (look.odd for look in seen.looks if look.odd is not None)
+
+
 def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
     """A scrape that takes part in what it watches."""
     if len(run.pools) > _ENGINES:
@@ -128,6 +136,15 @@ def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
     if took is not None or any("MissingGreenlet" in request.outcome for request in run.requests):
         when = f" {took.when}" if took is not None else ""
         yield Finding("needs-a-connection", f"The scrape{when} asked for a connection of the pool.")
+
+
+def connects(run: Recording, seen: Day) -> Iterator[Finding]:
+    """A scrape that asks the server."""
+    for look in seen.looks:
+        if look.connected:
+            yield Finding(
+                "needs-a-connection", f"The scrape {look.when} opened a connection to the server."
+            )
 
 
 def asks_the_loop(run: Recording, seen: Day) -> Iterator[Finding]:
@@ -165,7 +182,7 @@ def wrong_numbers(run: Recording, seen: Day) -> Iterator[Finding]:
         return
     told = [look.told for look in seen.looks if look.told is not None and look.moment != "NullPool"]
     if len(told) > 1 and all(numbers == told[0] for numbers in told):
-        yield Finding("history-is-not-now", "Each scrape told the same as the first.")
+        yield Finding("not-what-was-asked", f"Each scrape told the same as the first: {told[0]}.")
     yield from _wrong_waiting(seen.wrong("waiting"))
     yield from _wrong_wait(seen.wrong("oldest_wait"))
     yield from _wrong_checked_out(seen.wrong("checked_out"))
@@ -179,31 +196,57 @@ def _wrong_waiting(wrong: list[Look]) -> Iterator[Finding]:
     if not wrong:
         return
     wrong_when = {look.moment for look in wrong}
-    if "full" not in wrong_when and "served" in wrong_when:
+    if "full" in wrong_when and "idle" not in wrong_when:
+        yield Finding("connections-are-no-queue", f"The number waiting was wrong {wrong[0].when}.")
+    if "served" in wrong_when:
         yield _past(wrong[0], "waiting")
-    yield Finding("connections-are-no-queue", f"The number waiting was wrong {wrong[0].when}.")
+    yield _untrue(wrong[0], "waiting")
 
 
 def _wrong_wait(wrong: list[Look]) -> Iterator[Finding]:
     if not wrong:
         return
-    told = {look.moment: look.told["oldest_wait"] for look in wrong if look.told is not None}
-    if any(not -TOLERANCE <= seconds < _NO_AGE for seconds in told.values()):
-        yield Finding(
-            "another-clock", f"The oldest wait {wrong[0].when} was no age of anybody here."
-        )
     first = wrong[0]
+    told = {look.moment: look.told["oldest_wait"] for look in wrong if look.told is not None}
+    in_line = [look for look in wrong if look.waiting]
+    if in_line and all(_is_about(told[look.moment], 1_000 * look.oldest[0]) for look in in_line):
+        yield Finding(
+            "not-what-was-asked",
+            f"The oldest wait {in_line[0].when} was a thousand times what it should be: seconds were asked for.",
+        )
+    if any(abs(seconds) >= _NO_AGE for seconds in told.values()):
+        yield Finding("another-clock", f"The oldest wait {first.when} was no age of anybody here.")
+    if any(seconds < -TOLERANCE for seconds in told.values()):
+        yield Finding(
+            "not-what-was-asked",
+            f"The oldest wait {first.when} was negative: it is the time of the scrape, less the time since when"
+            " somebody waits.",
+        )
     if not first.waiting and first.held and abs(told[first.moment] - first.held) < TOLERANCE:
         yield Finding(
             "hold-is-not-wait",
-            f"The oldest wait {wrong[0].when} was the age of a connection that is out.",
+            f"The oldest wait {first.when} was the age of a connection that is out.",
         )
+    if any(not look.waiting or _is_past(told[look.moment], look) for look in wrong):
+        yield _past(first, "oldest_wait")
     if all(look.youngest - TOLERANCE <= told[look.moment] < look.oldest[0] for look in wrong):
         yield Finding(
             "not-the-oldest",
-            f"The oldest wait {wrong[0].when} was shorter than the first in line had waited.",
+            f"The oldest wait {first.when} was shorter than the first in line had waited.",
         )
-    yield _past(wrong[0], "oldest_wait")
+    yield Finding(
+        "not-what-was-asked",
+        f"The oldest wait {first.when} was {'too long' if told[first.moment] > first.oldest[1] else 'too short'}.",
+    )
+
+
+def _is_about(seconds: float, expected: float) -> bool:
+    return abs(seconds - expected) < max(expected, TOLERANCE) / 2
+
+
+def _is_past(seconds: float, look: Look) -> bool:
+    """Whether a wait is the longest of those that have ended."""
+    return bool(seconds) and seconds == look.longest_so_far
 
 
 def _wrong_checked_out(wrong: list[Look]) -> Iterator[Finding]:
@@ -220,16 +263,25 @@ def _wrong_checked_out(wrong: list[Look]) -> Iterator[Finding]:
             "every-pool-counts",
             f"Three connections of an engine with a NullPool were out, and you told {_told(first)}.",
         )
-    yield _past(first, "checked_out")
+    if all(look.told and look.told["checked_out"] == look.checkouts for look in wrong):
+        yield _past(first, "checked_out")
+    yield _untrue(first, "checked_out")
 
 
-def _told(look: Look) -> str:
+def _told(look: Look, number: str = "checked_out") -> str:
     assert look.told is not None
-    return f"{look.told['checked_out']:g}"
+    return f"{look.told[number]:g}"
 
 
 def _past(look: Look, number: str) -> Finding:
     return Finding("history-is-not-now", f"The number {number} was wrong {look.when}.")
+
+
+def _untrue(look: Look, number: str) -> Finding:
+    return Finding(
+        "not-what-was-asked",
+        f"The number {number} {look.when} was {look.true(number):g}, and you told {_told(look, number)}.",
+    )
 
 
 def prove(trials: Trials[Day]) -> str:
@@ -269,8 +321,10 @@ measure_the_queue = Task(
         {"pool_size": 1, "max_overflow": 1, "queue": 4},
     ),
     rules=(
+        returns_something_else,
         changes_the_pool,
         takes_part,
+        connects,
         asks_the_loop,
         scrape_without_an_end,
         wrong_numbers,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import numbers
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ormscope import PoolScope
 from ormscope.lab import storm
+from workshop.checks.catalogue import Finding
+from workshop.checks.returned import another_answer
 from workshop.checks.watching_the_pool.moments import MOMENTS, until
 
 NUMBERS = ("checked_out", "waiting", "oldest_wait")
@@ -31,8 +35,10 @@ class Look:
 
     `out` and `waiting` are numbers, `oldest` the least and the most seconds that whoever waits longest has waited,
     `youngest` and `held` the seconds that whoever came last has waited, and that a connection has been out. `took`
-    says whether the scrape asked the pool for a connection, `hung` whether it did not end, `on_the_loop` whether
-    what it returned is to be awaited, and `raised` is the class of what it raised.
+    says whether the scrape asked the pool for a connection, `connected` whether it connected to a server, `hung`
+    whether it did not end, `on_the_loop` whether what it returned is to be awaited, and `raised` is the class of what
+    it raised. `odd` tells what it returned that is no such numbers, and what it did to the pool or to the scope.
+    `longest_so_far` and `checkouts` are what the scope has counted.
     """
 
     moment: str
@@ -42,10 +48,14 @@ class Look:
     youngest: float
     held: float
     told: dict[str, float] | None = None
+    longest_so_far: float = 0.0
+    checkouts: int = 0
     took: bool = False
+    connected: bool = False
     hung: bool = False
     on_the_loop: bool = False
     raised: str = ""
+    odd: Finding | None = None
 
     @property
     def when(self) -> str:
@@ -74,18 +84,23 @@ class Scraped:
     def __init__(self, metrics: Callable[..., Any], engine: AsyncEngine) -> None:
         self.engine, self.scope = engine, PoolScope(engine)
         self.looks: list[Look] = []
+        self.odd: Finding | None = None
         self._metrics = metrics
         self._measure: Any = None
 
     async def begin(self) -> None:
         """Ask for the function that each scrape calls."""
+        sys.addaudithook(_note_connections)  # until the process ends
 
         async def ask(number: int) -> None:
             found = self._metrics(self.engine, self.scope)
             if not callable(found):
-                raise TypeError(
-                    f"metrics returned {_a(found)}; a function was asked for, that each scrape calls"
+                self.odd = Finding(
+                    "not-what-was-asked",
+                    f"metrics(engine, scope) returned {type(found).__name__}: a function was asked for, which each"
+                    " scrape calls.",
                 )
+                return
             self._measure = found
 
         await storm(ask, 1)
@@ -107,7 +122,7 @@ class Scraped:
         """
 
         async def ask(number: int) -> None:
-            before = self._asked()
+            before, pool = self._asked(), self.engine.pool
             if blocked:
                 _stand_still(_BLOCKED_SECONDS)
             start = time.perf_counter()
@@ -124,7 +139,10 @@ class Scraped:
                 (start - since[0][1], end - since[0][0]) if since else (0.0, 0.0),
                 start - since[-1][1] if since else 0.0,
                 start - held if held is not None else 0.0,
+                longest_so_far=self.scope.longest_wait,
+                checkouts=self.scope.checkouts,
                 took=self._asked() != before,
+                connected=thread.ident in _connected,
                 hung=not ended,
             )
             self.looks.append(scraped)
@@ -137,11 +155,26 @@ class Scraped:
                     told.close()
                     scraped.on_the_loop = True
                 else:
-                    scraped.told = _checked(told)
+                    scraped.told, scraped.odd = _checked(told, scraped)
+            if self.scope.is_closed:
+                scraped.odd = Finding(
+                    "not-what-was-asked", f"The scrape {scraped.when} closed the scope."
+                )
+            elif self.engine.pool is not pool:
+                scraped.odd = Finding(
+                    "not-what-was-asked",
+                    f"After the scrape {scraped.when} the engine had another pool, as dispose() gives it one.",
+                )
 
         await storm(ask, 1)
-        if self.looks[-1].hung or self.looks[-1].on_the_loop:
+        if self.gave_up:
             raise GaveUpError
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the last scrape was such that another would tell nothing."""
+        last = self.looks[-1] if self.looks else None
+        return last is None or last.hung or last.on_the_loop or last.odd is not None
 
     def _asked(self) -> tuple[int, ...]:
         """What changes when somebody asks the pool for a connection."""
@@ -169,19 +202,21 @@ def _stand_still(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _a(thing: object) -> str:
-    return f"an object of class {type(thing).__name__}"
+# The threads in which a connection to a server was begun.
+_connected = set[int]()
 
 
-def _checked(told: Any) -> dict[str, float]:
-    """The numbers that were asked for; raises TypeError where one is missing."""
-    if not isinstance(told, dict):
-        raise TypeError(f"the scrape returned {_a(told)}; a dictionary was asked for")
-    for name in NUMBERS:
-        if not isinstance(told.get(name), int | float):
-            raise TypeError(
-                f"{name!r} is {_a(told[name])}; a number was asked for"
-                if name in told
-                else f"the scrape returned no {name!r}"
-            )
-    return {name: told[name] for name in NUMBERS}
+def _note_connections(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.connect":
+        _connected.add(threading.get_ident())
+
+
+def _checked(told: Any, scraped: Look) -> tuple[dict[str, float] | None, Finding | None]:
+    """The numbers that were asked for, or that something else came back."""
+    expected = {name: scraped.true(name) for name in NUMBERS}
+    is_whole = isinstance(told, dict) and all(
+        isinstance(told.get(name), numbers.Real) for name in NUMBERS
+    )
+    if not is_whole:
+        return None, another_answer(f"The scrape {scraped.when}", told, expected)
+    return {name: told[name] for name in NUMBERS}, None

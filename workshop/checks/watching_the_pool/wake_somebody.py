@@ -34,7 +34,6 @@ _FALSE_ALARMS = {
     "hiccup": "one-scrape-is-no-outage",
     "hiccup, over": "one-scrape-is-no-outage",
     "two hiccups": "one-scrape-is-no-outage",
-    "just bearable": "",
     "yesterday's deadlocks": "counter-is-no-gauge",
     "deadlock, over": "over-is-over",
     "restart": "counter-starts-anew",
@@ -183,6 +182,9 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
             yield Finding(misconception or "not-what-was-asked", f"You paged {SITUATIONS[name]}.")
     if missed:
         yield _silent(missed, seen)
+    # Last: whoever looks at other waits may page here by chance.
+    if seen.paged["just bearable"] and not seen.wanted["just bearable"]:
+        yield Finding("not-what-was-asked", f"You paged {SITUATIONS['just bearable']}.")
 
 
 def _silent(missed: set[str], seen: Pages) -> Finding:
