@@ -85,7 +85,7 @@ class Sums(Evidence):
     asked: Statements
     right: bool
     nearly: bool
-    another: Finding
+    another: Finding | None
     left_out: str
 
 
@@ -124,6 +124,7 @@ async def sum_stores(
                 kept.append(measured.longest_work / as_given)
     await engine.dispose()
     answer = found[0] if found else None
+    is_right = is_same(answer, right)
     return Sums(
         **vars(noted),
         lines=lines,
@@ -131,9 +132,11 @@ async def sum_stores(
         kept=min(kept, default=0.0),
         alive=max(alive),
         asked=asked,
-        right=is_same(answer, right),
+        right=is_right,
         nearly=_nearly(answer, right),
-        another=another_answer(f"revenue(Session, {first}, {last})", answer, right),
+        another=None
+        if is_right
+        else another_answer(f"revenue(Session, {first}, {last})", answer, right),
         left_out=next((name for name, sums in without.items() if is_same(answer, sums)), ""),
     )
 
@@ -247,7 +250,7 @@ def demands(run: Recording, seen: Sums) -> Iterator[Finding]:
             "not-what-was-asked",
             f"The sums are right but for {seen.left_out}: `first` to `last` was asked for, both included.",
         )
-    if not seen.right:
+    if seen.another is not None:
         yield seen.another
 
 

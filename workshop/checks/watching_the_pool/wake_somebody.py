@@ -189,11 +189,10 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
 
 def _silent(missed: set[str], seen: Pages) -> Finding:
     """The wrong idea of somebody who did not page in these situations; what was seen, where none is sure."""
-    late = next((name for name in SITUATIONS if name in missed & _TOO_LONG), None)
-    if late is not None and seen.paged_later:
+    if "overloaded" in missed and seen.paged_later:
         return Finding(
             "another-limit",
-            f"You did not page {SITUATIONS[late]}; when they had waited for an hour longer, you did.",
+            f"You did not page {SITUATIONS['overloaded']}; when they had waited for an hour longer, you did.",
         )
     for silence in _SILENCES:
         if silence.missed <= missed and not silence.told & missed:
