@@ -379,6 +379,15 @@ async def pages_in_no_order(Session, first, last):
     return sums
 
 
+async def on_from_the_last_in_no_order(Session, first, last):
+    sums = {}
+    async with Session() as session:
+        while sales := (await session.scalars(lines_of(first, last).limit(1_000))).all():
+            add(sums, sales)
+            first = sales[-1].id + 1
+    return sums
+
+
 async def without_the_ends(Session, first, last):
     return await by_the_database(Session, first + 1, last - 1)
 
@@ -526,6 +535,7 @@ ANSWERS = {
             (batches_of_five_thousand, "one-huge-batch"),
             (a_statement_for_each_line, "batch-of-one"),
             (pages_in_no_order, "pages-in-no-order"),
+            (on_from_the_last_in_no_order, "pages-in-no-order"),
             (without_the_ends, "not-what-was-asked"),
             (printed, "not-what-was-asked"),
             (commit_after_each_batch, "stream-without-its-transaction"),

@@ -45,15 +45,15 @@ class Statements:
     """How the database was asked: how many round trips it took, and how the rows were to come.
 
     `largest` is how many rows there were to be in a batch, None where no batches were asked for; `collected` says
-    whether rows that were to come in batches were handed on all at once, `in_no_order` whether they came page by page
-    in no order, and `summed` whether the database did the sum.
+    whether rows that were to come in batches were handed on all at once, `in_no_order` how many statements asked for a
+    page of rows that are in no order, and `summed` whether the database did the sum.
     """
 
     round_trips: int = 0
     largest: int | None = None
     streamed: bool = False
     collected: bool = False
-    in_no_order: bool = False
+    in_no_order: int = 0
     summed: bool = False
 
     def note(self, statement: str, options: Mapping[str, Any], lines: int) -> None:
@@ -65,7 +65,7 @@ class Statements:
             self.largest = max(self.largest or 0, batch)
             self.collected |= bool(options.get("prebuffer_rows"))
         words = set(re.findall(r"\w+", statement.lower()))
-        self.in_no_order |= "offset" in words and "order" not in words
+        self.in_no_order += bool(words & {"limit", "offset"}) and "order" not in words
         self.summed |= "sum" in words
 
 
@@ -234,10 +234,10 @@ def asks_too_often(run: Recording, seen: Sums) -> Iterator[Finding]:
 
 def pages_in_no_order(run: Recording, seen: Sums) -> Iterator[Finding]:
     """Pages that only happen to fit together."""
-    if seen.asked.in_no_order:
+    if seen.asked.in_no_order > 1:
         yield Finding(
             "pages-in-no-order",
-            "Your code asked for pages with OFFSET, and for no order (ORDER BY).",
+            "Your code asked for one page after another (LIMIT), and for no order (ORDER BY).",
         )
 
 
