@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import linecache
 import os
@@ -13,6 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,29 @@ def test_what_cannot_be_sent_is_named_wherever_it_is() -> None:
     assert "rush cannot be sent to its own process, for an argument of rush (lock) cannot" in (
         refused(partial(rush, guard))
     )
+
+
+def test_an_executor_and_a_cache_arrive_as_new_ones() -> None:
+    """What is in them stays behind: no thread, no value that somebody has asked for."""
+    executor = ThreadPoolExecutor(3)
+    numbers: list[int] = []
+
+    @functools.lru_cache(maxsize=5)
+    def noted(number: int) -> int:
+        numbers.append(number)
+        return number
+
+    async def uses_both() -> tuple[int, int | None, list[int]]:
+        loop = asyncio.get_running_loop()
+        return (
+            await loop.run_in_executor(executor, noted, 1) + noted(1),
+            noted.cache_info().maxsize,
+            numbers,
+        )
+
+    noted(1)
+    numbers.clear()
+    assert observe(uses_both, live=False).result == (2, 5, [1])
 
 
 async def returns_a_lock() -> Any:

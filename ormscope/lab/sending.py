@@ -85,8 +85,8 @@ def _executor_anew(executor: ThreadPoolExecutor) -> tuple[Any, ...]:
 
 
 def _cache_anew(cached: Any) -> str | tuple[Any, ...]:
-    if cached.__module__ != "__main__":
-        return str(cached.__reduce__())
+    if cached.__module__ != "__main__" and "<locals>" not in cached.__qualname__:
+        return str(cached.__reduce__())  # by its name
     return _cached, (cached.__wrapped__, cached.cache_parameters())
 
 
