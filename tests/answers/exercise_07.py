@@ -165,6 +165,15 @@ def in_milliseconds(engine, scope):
     return lambda: numbers(scope.checked_out, len(scope.waiters), 1_000 * age_of(scope.waiters))
 
 
+def on_the_clock_of_the_loop(engine, scope):
+    def measure():
+        waiters = scope.waiters
+        oldest = time.monotonic() - waiters[0].since if waiters else 0
+        return numbers(scope.checked_out, len(waiters), oldest)
+
+    return measure
+
+
 def whole_seconds(engine, scope):
     return lambda: numbers(scope.checked_out, len(scope.waiters), int(age_of(scope.waiters)))
 
@@ -442,6 +451,7 @@ ANSWERS = {
             (counter_of_the_pool, "every-pool-counts"),
             (asks_the_server, "needs-a-connection"),
             (now_is_when_it_began, "not-what-was-asked"),
+            (on_the_clock_of_the_loop, "another-clock"),
             (in_milliseconds, "not-what-was-asked"),
             (whole_seconds, "not-what-was-asked"),
             (nothing_when_nobody_waits, "not-what-was-asked"),

@@ -31,8 +31,9 @@ from workshop.checks.task import Task, Trials
 from workshop.checks.the_blocked_loop.pulse import pulse
 from workshop.shop import Sale
 
-_KEPT = 0.2  # of the time that the code as it was given keeps the loop; the exercise says so
-_TRIES = 3  # the machine may slow down one of them
+_KEPT = 0.25  # of the time that the code as it was given keeps the loop; the exercise says so
+_TRIES = 4  # the machine may slow down some of them
+_TRIES_AS_GIVEN = 3
 _LINES_PER_ROUND_TRIP = 10
 _MANY_ROUND_TRIPS = 500  # in a call that did not end
 _SMALL = 0.25  # of the lines, in a batch
@@ -153,7 +154,7 @@ async def _kept_as_given(conditions: Conditions, first: int, last: int) -> float
     async with AsyncSession(engine) as session:
         await session.connection()
         worked = []
-        for _ in range(2):
+        for _ in range(_TRIES_AS_GIVEN):
             sums: dict[int, Decimal | int] = {}
             with pulse() as measured:
                 wanted = select(Sale).where(Sale.id.between(first, last))
@@ -208,7 +209,7 @@ def keeps_the_loop(run: Recording, seen: Sums) -> Iterator[Finding]:
         )
     if seen.kept <= _KEPT:
         return
-    stall = "Your code kept the loop, in one go, for more than a fifth of the time that the given code does"
+    stall = "Your code kept the loop, in one go, for more than a quarter of the time that the given code does"
     if asked.collected:
         yield Finding(
             "yield-per-without-stream",
@@ -258,7 +259,7 @@ def prove(trials: Trials[Sums]) -> str:
     """What the runs of a right answer have shown."""
     proof = [
         f"{seen.lines:,} lines, the sums of {seen.stores} stores exact, and the loop was kept, in one go, for less"
-        " than a fifth of the time that the given code keeps it."
+        " than a quarter of the time that the given code keeps it."
         for _, seen in trials
     ]
     if all(seen.asked.summed for _, seen in trials):

@@ -32,10 +32,14 @@ _ENGINES = 2  # of the shop, and of the nightly job
 
 @dataclass(kw_only=True)
 class Day(Evidence):
-    """The scrapes of a day, and of the night after it; `odd` is what was returned instead of a function."""
+    """The scrapes of a day, and of the night after it.
+
+    `odd` is what was returned instead of a function, and `names` are those in its code.
+    """
 
     looks: list[Look]
     odd: Finding | None
+    names: set[str]
 
     def wrong(self, number: str) -> list[Look]:
         """The scrapes in which a number was not the true one."""
@@ -72,7 +76,7 @@ async def scrape_a_day(
             await _evening(shop)
             await nightly.begin()
             await _night(nightly)
-    return Day(**vars(noted), looks=shop.looks + nightly.looks, odd=shop.odd)
+    return Day(**vars(noted), looks=shop.looks + nightly.looks, odd=shop.odd, names=shop.names)
 
 
 async def _day(shop: Scraped, queue: int) -> None:
@@ -284,6 +288,15 @@ def _untrue(look: Look, number: str) -> Finding:
     )
 
 
+def demands(run: Recording, seen: Day) -> Iterator[Finding]:
+    """Where two clocks are the same, as these are on Linux, no number tells which of them was read."""
+    if {"since", "monotonic"} <= seen.names:
+        yield Finding(
+            "another-clock",
+            "Your function reads time.monotonic(): the same clock as time.perf_counter() on Linux, another on Windows.",
+        )
+
+
 def prove(trials: Trials[Day]) -> str:
     """What the runs of a right answer have shown."""
     return "\n".join(
@@ -329,7 +342,7 @@ measure_the_queue = Task(
         scrape_without_an_end,
         wrong_numbers,
     ),
-    demands=(),
+    demands=(demands,),
     proof=prove,
     plot=plot,
     hints=(

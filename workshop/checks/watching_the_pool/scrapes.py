@@ -7,8 +7,9 @@ import numbers
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -85,6 +86,7 @@ class Scraped:
         self.engine, self.scope = engine, PoolScope(engine)
         self.looks: list[Look] = []
         self.odd: Finding | None = None
+        self.names: set[str] = set()
         self._metrics = metrics
         self._measure: Any = None
 
@@ -101,7 +103,7 @@ class Scraped:
                     " scrape calls.",
                 )
                 return
-            self._measure = found
+            self._measure, self.names = found, set(_names(getattr(found, "__code__", None)))
 
         await storm(ask, 1)
         if self._measure is None:
@@ -200,6 +202,14 @@ class Scraped:
 def _stand_still(seconds: float) -> None:
     """Block the event loop, as a synchronous driver does."""
     time.sleep(seconds)
+
+
+def _names(code: object) -> Iterator[str]:
+    """The names that the code of a function reads, with those inside it."""
+    if isinstance(code, CodeType):
+        yield from code.co_names
+        for constant in code.co_consts:
+            yield from _names(constant)
 
 
 # The threads in which a connection to a server was begun.
