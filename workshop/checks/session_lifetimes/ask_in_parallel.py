@@ -15,31 +15,45 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections
 from workshop.checks.rules import USE_OF_POOLS, another_pool, lock_without_an_end
-from workshop.checks.session_lifetimes.calls import Holds, current_call
+from workshop.checks.session_lifetimes.backends import backends, past_the_pool
+from workshop.checks.session_lifetimes.calls import (
+    Holds,
+    Seen,
+    current_call,
+    is_own,
+    to_be_told,
+    unless_raised,
+)
 from workshop.checks.task import Task, Trials
 from workshop.shop import Sale
 
 _AT_ONCE = 3
 _SESSION_SHARED = "https://sqlalche.me/e/21/isce"
+_MOST_SHOWN = 60
 _NO_PRODUCT = 2**40  # more than the column's type can hold: the query fails
 
 
 @dataclass(kw_only=True)
-class Reports(Work):
-    """Of so many calls `asked`, how many were `right`; of so many `failing`, how many `told` so.
+class Reports(Work, Seen):
+    """Of so many calls `asked`, how many were `right`, and what another of them returned and was to return.
 
-    `most` is the most connections that one call had at once, `shared` says whether a connection was used by two
-    tasks at the same time, and `late` whether a call had one after its end. `errors` are exceptions that were
-    returned, as text.
+    Of so many `failing`, `told` raised, and in `refused` the database was asked and refused. `most` is the most
+    connections that one call had at once, `shared` says whether a connection was used by two tasks at the same time.
+    `at_work` and `at_work_after_failing` are the calls of which something went on after their end, and `errors` are
+    exceptions that were returned, as text.
     """
 
     right: int
     asked: int
+    returned: str
+    expected: str
     failing: int
     told: int
+    refused: int
     most: int
     shared: bool
-    late: bool
+    at_work: int
+    at_work_after_failing: int
     errors: list[str]
 
 
@@ -54,13 +68,14 @@ async def show_reports(
     """Show so many reports at once, some of which must fail."""
     engine = conditions.engine(capacity)
     sold = select(Sale.sku, func.sum(Sale.quantity)).group_by(Sale.sku).order_by(Sale.sku)
-    async with engine.connect() as connection:
-        some = {sku: int(count) for sku, count in await connection.execute(sold.limit(400))}
-    await engine.dispose()
-    numbers, holds, shown, told = list(some), Holds(engine), dict[int, Any](), set[int]()
-    failing = {*range(3, calls, 5)}
+    holds, shown, told, refused = Holds(engine), dict[int, Any](), set[int](), set[int]()
+    failing, raised = {*range(3, calls, 5)}, False
+
+    # Where one query fails, the others are still at work.
+    holds.is_slow = lambda call, text: call in failing and str(_NO_PRODUCT) not in text
 
     async def show(number: int) -> None:
+        nonlocal raised
         current_call.set(number)
         asked = _asked(numbers, number, products)
         if number in failing:
@@ -71,30 +86,47 @@ async def show_reports(
             if (timeout := _timeout_in(error)) is not None:
                 raise timeout from None
             if number not in failing:
-                raise
+                mistake = to_be_told(error)
+                raised = raised or is_own(mistake)
+                raise mistake from mistake.__cause__
             told.add(number)
+            if _is_from_the_database(error):
+                refused.add(number)
         finally:
             holds.end(number)
 
-    async with evidence(conditions, engine) as noted:
-        sessions = async_sessionmaker(engine)
-        await storm(show, calls)
+    async with backends(engine) as server:
+        async with engine.connect() as connection:
+            some = {sku: int(count) for sku, count in await connection.execute(sold.limit(400))}
+        await engine.dispose()
+        numbers = list(some)
+        async with evidence(conditions, engine) as noted:
+            sessions = async_sessionmaker(engine)
+            await storm(show, calls)
     await engine.dispose()
-    right = sum(
-        shown.get(number) == {sku: some[sku] for sku in _asked(numbers, number, products)}
+    expected = {
+        number: {sku: some[sku] for sku in _asked(numbers, number, products)}
         for number in range(calls)
         if number not in failing
-    )
+    }
+    wrong = [number for number in expected if shown.get(number) != expected[number]]
+    refused |= failing & holds.failed
     return Reports(
         **vars(noted),
-        done=right + len(told),
-        right=right,
-        asked=calls - len(failing),
+        past_the_pool=server.past_the_pool,
+        raised=raised,
+        done=len(expected) - len(wrong) + len(told),
+        right=len(expected) - len(wrong),
+        asked=len(expected),
+        returned=_shown(shown.get(wrong[0])) if wrong else "",
+        expected=_shown(expected[wrong[0]]) if wrong else "",
         failing=len(failing),
         told=len(told),
+        refused=len(refused),
         most=holds.most,
         shared=holds.shared,
-        late=holds.late,
+        at_work=len(holds.at_work),
+        at_work_after_failing=len(holds.at_work & told),
         errors=[text for returned in shown.values() for text in _errors_in(returned)],
     )
 
@@ -110,6 +142,24 @@ def _timeout_in(error: BaseException) -> BaseException | None:
     return error if isinstance(error, PoolTimeoutError) else None
 
 
+def _is_from_the_database(error: BaseException | None) -> bool:
+    """Whether the database, or its driver, has refused, and this came of it."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_from_the_database, error.exceptions))
+    if error is None:
+        return False
+    library = type(error).__module__.partition(".")[0]
+    return library in ("sqlalchemy", "asyncpg") or _is_from_the_database(
+        error.__cause__ or error.__context__
+    )
+
+
+def _shown(report: Any) -> str:
+    """A report as the learner reads it; of a long one the beginning."""
+    text = repr(report)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _errors_in(report: Any) -> list[str]:
     values = report.values() if isinstance(report, dict) else ()
     return [str(value) for value in values if isinstance(value, BaseException)]
@@ -122,10 +172,15 @@ def wrong_way_of_asking(run: Recording, seen: Reports) -> Iterator[Finding]:
         yield Finding(
             "one-session-many-tasks", "Several tasks wanted to use one connection at the same time."
         )
-    if seen.late or (seen.left_running and seen.told):
+    if seen.at_work_after_failing or (seen.left_running and seen.told):
         yield Finding(
             "gather-leaves-the-others",
             "A query failed, the call raised, and other queries of the same call were still at work.",
+        )
+    if seen.at_work:
+        yield Finding(
+            "fire-and-forget",
+            "Calls had ended, and queries of theirs were still at work.",
         )
     if seen.errors:
         yield Finding(
@@ -143,16 +198,22 @@ def takes_the_whole_pool(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
     """A call with a query that failed raises, and each other returns its sums."""
-    if seen.told < seen.failing:
-        yield Finding(
-            "errors-among-results",
-            f"{seen.failing} calls had a query that failed, and {seen.told} of them raised.",
-        )
     if seen.right < seen.asked:
         yield Finding(
-            "success-without-work",
-            f"{run.completed} calls ended without an error; of {seen.asked} that could succeed,"
-            f" {seen.right} returned what was asked for.",
+            "not-what-was-asked",
+            f"Of {seen.asked} calls that could succeed, {seen.right} returned what was asked for."
+            f" One returned {seen.returned}; asked for was {seen.expected}.",
+        )
+    if seen.refused < seen.failing:
+        yield Finding(
+            "looks-for-it-itself",
+            f"{seen.failing} calls had a number that the database refuses,"
+            f" and {seen.failing - seen.refused} of them did not ask the database for it.",
+        )
+    if seen.told < seen.failing:
+        yield Finding(
+            "swallows-the-timeout",
+            f"{seen.failing} calls had a query that failed, and {seen.told} of them raised.",
         )
 
 
@@ -174,11 +235,12 @@ ask_in_parallel = Task(
         {"calls": 20, "capacity": 6, "products": 8},
         {"calls": 10, "capacity": 1, "products": 6},
     ),
-    rules=(
+    rules=unless_raised(
         wrong_way_of_asking,
         lock_without_an_end,
         *USE_OF_POOLS,
         another_pool,
+        past_the_pool,
         takes_the_whole_pool,
     ),
     demands=(demands,),

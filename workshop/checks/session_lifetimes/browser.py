@@ -37,19 +37,22 @@ class News:
 class Tab:
     """A browser's tab that asks an application for the page of one order, and keeps it open.
 
-    `events` are those that it has read; a slow tab reads one and no more, and `is_blocked` then says that the
-    application stands in a write to it. `status` is that of the answer.
+    `events` are those that it has read, of each its data; a slow tab reads so many, `most_read`, and no more, and
+    `is_blocked` then says that the application stands in a write to it. `status` is that of the answer, and `unread`
+    what came without an end. One that `leaves` is closed when it has read its first event.
     """
 
-    def __init__(self, order: int, is_slow: bool = False) -> None:
+    def __init__(self, order: int, most_read: int | None = None, leaves: bool = False) -> None:
         self.order = order
-        self.is_slow = is_slow
+        self.most_read = most_read
+        self.leaves = leaves
         self.status: int | None = None
         self.events: list[str] = []
         self.is_open = True
         self.is_blocked = False
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_asked = False
+        self.unread = ""
 
     async def visit(self, app: Any) -> None:
         """Ask, and read until one of the two ends it."""
@@ -87,9 +90,18 @@ class Tab:
 
     async def _send(self, message: dict[str, Any]) -> None:
         self.status = message.get("status", self.status)
-        for line in message.get("body", b"").decode().splitlines():
-            if line.startswith("data:"):
-                if self.is_slow and self.events:
-                    self.is_blocked = True
-                    await asyncio.shield(self._closed)
-                self.events.append(line.removeprefix("data:").strip())
+        # An event may come in parts; it ends with an empty line.
+        self.unread += message.get("body", b"").decode().replace("\r\n", "\n")
+        *events, self.unread = self.unread.split("\n\n")
+        for event in events:
+            data = [line[5:].strip() for line in event.splitlines() if line.startswith("data:")]
+            if data:
+                await self._read("\n".join(data).strip('"'))
+
+    async def _read(self, data: str) -> None:
+        if len(self.events) == self.most_read:
+            self.is_blocked = True
+            await asyncio.shield(self._closed)
+        self.events.append(data)
+        if self.leaves:
+            self.close()

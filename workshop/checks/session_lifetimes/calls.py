@@ -2,33 +2,104 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, close_all_sessions
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
 
+from ormscope.lab import Recording
+from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
+from workshop.checks.rules import Rule
 
 current_call: ContextVar[int | None] = ContextVar("call", default=None)
 """The number of the call that is at work; the tasks that a call starts inherit it."""
 _IN_USE = "exercise 06: in use"
+_SLOW_SECONDS = 0.03
+_LIBRARIES = {"asyncio", "asyncpg", "fastapi", "greenlet", "sqlalchemy", "starlette", "workshop"}
+
+
+@dataclass(kw_only=True)
+class Seen(Evidence):
+    """The evidence of exercise 06: `past_the_pool` is the most connections that the learner's code had in no pool.
+
+    `raised` says whether it raised an exception of its own, which then explains whatever else was seen.
+    """
+
+    past_the_pool: int = 0
+    raised: bool = False
+
+
+SeenBySome = TypeVar("SeenBySome", bound=Seen)
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether an exception comes from the learner's code itself: not from the database, the pool or the check."""
+    library = type(error).__module__.partition(".")[0]
+    return library not in _LIBRARIES and not isinstance(error, (TimeoutError, OSError))
+
+
+def to_be_told(error: BaseException) -> BaseException:
+    """The exception that the learner is to read: of a group one of their own, or else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    told = [to_be_told(each) for each in error.exceptions]
+    return next(filter(is_own, told), told[0])
+
+
+def unless_raised(*rules: Rule[SeenBySome]) -> tuple[Rule[SeenBySome], ...]:
+    """Rules that say nothing where the learner is to read an exception of their own."""
+
+    def restrained(rule: Rule[SeenBySome]) -> Rule[SeenBySome]:
+        @wraps(rule)
+        def ask(run: Recording, seen: SeenBySome) -> Iterator[Finding]:
+            if not seen.raised:
+                yield from rule(run, seen)
+
+        return ask
+
+    return tuple(map(restrained, rules))
+
+
+async def pause(seconds: float) -> None:
+    """Wait; neither with a sleep nor with an event, for those are looked for in the learner's code."""
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+    timer = loop.call_later(seconds, over.set_result, None)
+    try:
+        await over
+    finally:
+        timer.cancel()
 
 
 class Holds:
     """Which call has which connections of an engine.
 
-    `most` is the most that one call had at once, `shared` says whether a connection was used by two tasks at the
-    same time, and `late` whether a call in `ended` had one, or took one, after its end.
+    `most` is the most that one call had at once, `statements` counts those that each call sent, `failed` are the calls
+    with a statement that failed, and `shared` says whether a connection was used by two tasks at the same time. Of the
+    calls in `ended`, those in `at_work` have gone on: with a task that had a connection, or by taking or using one.
+
+    Statements for which `is_slow` says so, asked with their call and their text, take as long as on a busy server.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.ended: set[int] = set()
         self.most = 0
         self.shared = False
-        self.late = False
+        self.statements: Counter[int | None] = Counter()
+        self.failed: set[int | None] = set()
+        self.at_work: set[int | None] = set()
+        self.is_slow: Callable[[int | None, str], bool] = lambda call, statement: False
         self._by: dict[ConnectionPoolEntry, int | None] = {}
+        self._tasks: dict[ConnectionPoolEntry, asyncio.Task[Any] | None] = {}
         event.listen(engine.sync_engine, "checkout", self._checked_out)
         event.listen(engine.sync_engine, "checkin", self._checked_in)
         event.listen(engine.sync_engine, "before_cursor_execute", self._begins)
@@ -42,36 +113,48 @@ class Holds:
     def end(self, call: int) -> None:
         """Note that a call has ended."""
         self.ended.add(call)
-        self.late = self.late or self.count(call) > 0
+        for entry, holder in self._by.items():
+            task = self._tasks[entry]
+            if holder == call and task not in (None, asyncio.current_task()) and not task.done():
+                self.at_work.add(call)
 
     def _checked_out(self, connection: Any, entry: ConnectionPoolEntry, proxy: Any) -> None:
         call = self._by[entry] = current_call.get()
-        self.late = self.late or call in self.ended
+        self._tasks[entry] = asyncio.current_task()
+        self._note_work(call)
         if call is not None:
             self.most = max(self.most, self.count(call))
 
     def _checked_in(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         self._by.pop(entry, None)
+        self._tasks.pop(entry, None)
         entry.info.pop(_IN_USE, None)
 
-    def _begins(self, connection: Any, *rest: Any) -> None:
+    def _begins(
+        self, connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any
+    ) -> None:
+        call = current_call.get()
+        self.statements[call] += 1
+        self._note_work(call)
         self.shared = self.shared or connection.info.get(_IN_USE, False)
         connection.info[_IN_USE] = True
+        if self.is_slow(call, f"{statement} {parameters}"):
+            await_only(pause(_SLOW_SECONDS))
 
     def _ends(self, connection: Any, *rest: Any) -> None:
         connection.info[_IN_USE] = False
 
     def _fails(self, context: Any) -> None:
+        self.failed.add(current_call.get())
         if context.connection is not None and not context.connection.closed:
             context.connection.info[_IN_USE] = False
+
+    def _note_work(self, call: int | None) -> None:
+        if call in self.ended:
+            self.at_work.add(call)
 
 
 async def close_sessions(noted: Evidence) -> None:
     """One that was left open would lock its rows against what follows; one that is still in use closes itself."""
     if noted.ended and not noted.left_running:
         await close_all_sessions()
-
-
-def dsn(engine: AsyncEngine) -> str:
-    """For connections that no instrument sees: those of other processes."""
-    return engine.url.set(drivername="postgresql").render_as_string(hide_password=False)

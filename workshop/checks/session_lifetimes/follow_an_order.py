@@ -11,10 +11,13 @@ from typing import Any
 
 import asyncpg
 from sqlalchemy import event, insert
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException
 
+import workshop
 from ormscope.lab import Recording, storm
+from ormscope.places import is_library, is_user_code
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections, forget_orders, own_households
@@ -28,35 +31,60 @@ from workshop.checks.rules import (
     retries,
     swallows_the_timeout,
 )
+from workshop.checks.session_lifetimes.backends import backends, of_the_check, past_the_pool
 from workshop.checks.session_lifetimes.browser import News, Tab
-from workshop.checks.session_lifetimes.calls import Holds, close_sessions, current_call, dsn
+from workshop.checks.session_lifetimes.calls import (
+    Holds,
+    Seen,
+    close_sessions,
+    current_call,
+    is_own,
+    to_be_told,
+    unless_raised,
+)
 from workshop.checks.task import Task, Trials
+from workshop.checks.the_blocked_loop.pulse import Pulse
 from workshop.shop import Order
 
+_WORKSHOP = os.path.dirname(workshop.__file__)
 _STATUSES = ("new", "packed", "sent")
-_SLOW_TABS = 3
+_SLOW_TABS = (1, 1, 0)  # how many events they read
+_LATE_TABS = 2
 _LOOKS = 5
 _LOOK_SECONDS = 0.01
+_MOST_QUESTIONS = 3  # of one page in the time of the looks, while nothing happens
 _SETTLE_SECONDS = 0.15
-_PHASE_SECONDS = 2.5  # for those who time out; all others have settled long before
-_STRANGER_SECONDS = 0.3
+_PHASE_SECONDS = 1.5  # for those who time out; all others have settled long before
+_LATE_SECONDS = 0.3
+_MOST_SHOWN = 60
+_STANDS_STILL_SECONDS = 1.0
 
 
 @dataclass(kw_only=True)
-class Pages(Work):
-    """What the pages showed; `done` is how many began with their order as it was.
+class Pages(Work, Seen):
+    """What the pages showed; `done` is how many of the `openers` began with their order as it was.
 
+    `instead` tells what another did. `stood_still` is for how many seconds the event loop did, and `stands_at` where.
     `idle_held` and `slow_held` is how often a page had a connection while it waited for news, or for a customer who
-    reads slowly, and `reopened` how often a session began anew after it was closed. Of so many `quick` readers,
-    `kept_up` saw each change. `strangers_status` is the answer for an order that does not exist.
+    reads slowly, `reopened` how often a session began anew after it was closed, and `questions` the most that a page
+    asked the database while nothing happened. Of so many `quick` readers, `kept_up` saw each change; `late` is what
+    pages began with that were opened at the end. `strangers_status` is the answer for an order that does not exist,
+    and `raised_too_late` says whether a status was raised for it when another had gone out.
     """
 
+    stood_still: float
+    stands_at: str
     idle_held: int
     slow_held: int
     reopened: int
+    questions: int
+    openers: int
+    instead: str
     quick: int
     kept_up: int
+    late: list[str]
     strangers_status: int | None
+    raised_too_late: bool
 
 
 class ReopeningSession(Session):
@@ -77,14 +105,9 @@ async def open_tabs(
 ) -> Pages:
     """Let so many customers follow their orders at once."""
     engine, customers, found = conditions.engine(capacity), own_households(), Counter[str]()
-    async with engine.begin() as connection:
-        made = [{"household_id": household} for household in customers[:tabs]]
-        orders = list(await connection.scalars(insert(Order).returning(Order.id), made))
-    await engine.dispose()
-    # The slow ones come last: where a page holds its connection, also quick ones are seen to.
-    pages = [Tab(order, number >= tabs - _SLOW_TABS) for number, order in enumerate(orders)]
     stranger = Tab(2**31 - 1 - os.getpid())
     holds, news, apps = Holds(engine), News(), list[Any]()
+    raised = too_late = False
     event.listen(ReopeningSession, "after_begin", _note_reopened)
 
     async def make(number: int) -> None:
@@ -94,59 +117,138 @@ async def open_tabs(
         apps.append(app)
 
     async def visit(number: int) -> None:
+        nonlocal raised
         current_call.set(number)
-        await pages[number].visit(apps[0])
+        try:
+            await pages[number].visit(apps[0])
+        except Exception as error:
+            raised = raised or is_own(to_be_told(error))
+            _leave_the_framework_out(error)
+            raise
 
-    async with evidence(conditions, engine) as noted:
-        sessions = async_sessionmaker(
-            engine, sync_session_class=ReopeningSession, info={"found": found}
-        )
-        if (await storm(make, 1))["ok"]:
-            day = asyncio.create_task(_let_orders_change(engine, pages, news, holds, found))
-            try:
-                await storm(visit, tabs)
-                await day
-            finally:
-                day.cancel()
-            asyncio.get_running_loop().call_later(_STRANGER_SECONDS, stranger.close)
-            await storm(lambda _: stranger.visit(apps[0]), 1)
+    async def visit_of_a_stranger(number: int) -> None:
+        nonlocal raised, too_late
+        try:
+            await stranger.visit(apps[0])
+        except Exception as error:
+            if too_late := isinstance(error.__cause__ or error, HTTPException):
+                return
+            raised = raised or is_own(to_be_told(error))
+            _leave_the_framework_out(error)
+            raise
+
+    async with backends(engine) as server, of_the_check(engine, 1) as others:
+        async with engine.begin() as connection:
+            made = [{"household_id": household} for household in customers[:tabs]]
+            orders = list(await connection.scalars(insert(Order).returning(Order.id), made))
+        await engine.dispose()
+        # The slow ones come last: where a page holds its connection, also quick ones are seen to.
+        most_read = [None] * (tabs - len(_SLOW_TABS)) + [*_SLOW_TABS]
+        pages = list(map(Tab, orders, most_read))
+        # These are opened when the first pages have been closed, and their orders have changed since.
+        early, late = pages[:_LATE_TABS], [Tab(order, leaves=True) for order in orders[:_LATE_TABS]]
+        pulse = Pulse()
+        async with evidence(conditions, engine) as noted:
+            sessions = async_sessionmaker(
+                engine, sync_session_class=ReopeningSession, info={"found": found}
+            )
+            if (await storm(make, 1))["ok"]:
+                day = asyncio.create_task(
+                    _let_orders_change(others, pages, early, news, holds, found)
+                )
+                try:
+                    await storm(visit, tabs)
+                    await day
+                finally:
+                    day.cancel()
+                for tab in (*late, stranger):
+                    asyncio.get_running_loop().call_later(_LATE_SECONDS, tab.close)
+                await asyncio.gather(
+                    storm(visit_of_a_stranger, 1),
+                    *(tab.visit(apps[0]) for tab in late),
+                    return_exceptions=True,
+                )
+        pulse.close()
     await close_sessions(noted)
     await engine.dispose()
     async with engine.connect() as connection:
         await forget_orders(connection, customers)
-    quick = [page for page in pages if not page.is_slow]
+    openers = [page for page in pages if page.most_read != 0]
+    quick = [page for page in pages if page.most_read is None and page not in early]
     return Pages(
         **vars(noted),
-        done=sum(page.events[:1] == ["new"] for page in pages),
+        past_the_pool=server.past_the_pool,
+        raised=raised,
+        done=sum(page.events[:1] == ["new"] for page in openers),
+        openers=len(openers),
+        instead=next((_shown(page) for page in openers if page.events[:1] != ["new"]), ""),
+        stood_still=pulse.stood_still,
+        stands_at=pulse.stands_at,
         idle_held=found["idle"],
         slow_held=found["slow"],
         reopened=found["reopened"],
+        questions=found["questions"],
         quick=len(quick),
         kept_up=sum(tuple(dict.fromkeys(page.events)) == _STATUSES for page in quick),
+        late=[tab.events[0] for tab in late if tab.events],
         strangers_status=stranger.status,
+        raised_too_late=too_late,
+    )
+
+
+def _shown(page: Tab) -> str:
+    """What a page showed first."""
+    if page.status != 200:
+        return f"was answered with the status {page.status}"
+    if page.events:
+        return f"began with {page.events[0][:_MOST_SHOWN]!r}"
+    return f"sent {page.unread[:_MOST_SHOWN]!r}" if page.unread else "sent nothing"
+
+
+def _leave_the_framework_out(error: Exception) -> None:
+    """Of its traceback, as far as it leads to the learner's code."""
+    trace = error.__traceback__
+    while trace is not None and not _is_learners(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    error.__traceback__ = trace or error.__traceback__
+
+
+def _is_learners(filename: str) -> bool:
+    return (
+        is_user_code(filename) and not is_library(filename) and not filename.startswith(_WORKSHOP)
     )
 
 
 async def _let_orders_change(
-    engine: AsyncEngine, pages: Sequence[Tab], news: News, holds: Holds, found: Counter[str]
+    others: asyncpg.Pool,
+    pages: Sequence[Tab],
+    early: Sequence[Tab],
+    news: News,
+    holds: Holds,
+    found: Counter[str],
 ) -> None:
-    """Change all orders, step by step, and look after each step who holds a connection while they only wait."""
-    connection = await asyncpg.connect(dsn(engine))
+    """Change all orders, step by step, and look after each step what pages do that only wait.
+
+    The early ones are closed after the first step.
+    """
     try:
         for status in _STATUSES:
             if status != _STATUSES[0]:
                 change = "UPDATE orders SET status = $1 WHERE id = ANY($2)"
-                await connection.execute(change, status, [page.order for page in pages])
+                await others.execute(change, status, [page.order for page in pages])
                 news.tell()
             await _settled(pages, status, news)
-            held = {*range(len(pages))}
+            held, asked = {*range(len(pages))}, Counter(holds.statements)
             for _ in range(_LOOKS):
                 held = {call for call in held if pages[call].is_open and holds.count(call)}
                 await asyncio.sleep(_LOOK_SECONDS)
             found["slow"] += sum(pages[call].is_blocked for call in held)
             found["idle"] += sum(not pages[call].is_blocked for call in held)
+            asked = Counter(holds.statements) - asked
+            found["questions"] = max(found["questions"], *asked.values(), 0)
+            for page in early:
+                page.close()
     finally:
-        await connection.close()
         for page in pages:
             page.close()
 
@@ -179,27 +281,59 @@ def holds_while_it_waits(run: Recording, seen: Pages) -> Iterator[Finding]:
         )
 
 
+def blocks_the_loop(run: Recording, seen: Pages) -> Iterator[Finding]:
+    """Pages that let nobody else run."""
+    if seen.stood_still > _STANDS_STILL_SECONDS:
+        yield Finding(
+            "async-def-is-enough",
+            f"The event loop stood still in {seen.stands_at}, and all pages with it.",
+        )
+
+
+def asks_all_the_time(run: Recording, seen: Pages) -> Iterator[Finding]:
+    """Pages that look, instead of waiting for news."""
+    if seen.questions > _MOST_QUESTIONS:
+        yield Finding(
+            "asks-all-the-time",
+            f"While nothing changed, a page asked the database {seen.questions} times"
+            f" within {_LOOKS * _LOOK_SECONDS:g} s.",
+        )
+
+
 def status_comes_first(run: Recording, seen: Pages) -> Iterator[Finding]:
     """Who does not look before the first byte cannot say 404 any more."""
-    if seen.strangers_status == 200:
+    if seen.strangers_status == 200 and seen.raised_too_late:
         yield Finding(
-            "status-comes-first", "An order that does not exist was answered with the status 200."
+            "status-comes-first",
+            "An order that does not exist was answered with the status 200,"
+            " and an HTTPException was raised after that.",
         )
 
 
 def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
     """A page shows each change of its order, and where there is no order the answer is 404."""
-    if seen.done and seen.kept_up < seen.quick:
+    if seen.done < seen.openers:
+        yield Finding(
+            "not-what-was-asked",
+            f'{seen.openers} pages were opened when their orders were "new", and {seen.done} began with that;'
+            f' another {seen.instead}. Asked for was "data: new" and an empty line.',
+        )
+    if seen.kept_up < seen.quick:
         yield Finding(
             "reads-once",
             f"The orders were {', then '.join(_STATUSES)}; of {seen.quick} pages that were read,"
             f" {seen.kept_up} showed this.",
         )
-    if not seen.done or seen.strangers_status != 404:
+    if stale := [status for status in seen.late if status != _STATUSES[-1]]:
         yield Finding(
-            "success-without-work",
-            f"{seen.done} pages showed their order, and an order that does not exist was answered with"
-            f" the status {seen.strangers_status}.",
+            "remembers-for-others",
+            f'A page that was opened when its order was "{_STATUSES[-1]}" began with {stale[0]!r}.',
+        )
+    if seen.strangers_status != 404:
+        yield Finding(
+            "not-what-was-asked",
+            f"An order that does not exist was answered with the status {seen.strangers_status};"
+            " asked for was 404.",
         )
 
 
@@ -218,9 +352,11 @@ follow_an_order = Task(
     load=open_tabs,
     trials=({"tabs": 16, "capacity": 4}, {"tabs": 8, "capacity": 1}),
     # To sleep between two looks is no mistake here.
-    rules=(
+    rules=unless_raised(
         *ENGINES,
         another_pool,
+        past_the_pool,
+        blocks_the_loop,
         holds_while_it_waits,
         one_session_many_tasks,
         one_at_a_time,
@@ -229,6 +365,7 @@ follow_an_order = Task(
         deadlock,
         *LEFT_OVER,
         status_comes_first,
+        asks_all_the_time,
     ),
     demands=(demands,),
     proof=prove,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,25 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.rules import (
     ENGINES,
     LEFT_OVER,
     another_pool,
     deadlock,
-    one_at_a_time,
     one_session_many_tasks,
     retries,
 )
-from workshop.checks.session_lifetimes.calls import close_sessions, current_call
+from workshop.checks.session_lifetimes.backends import backends, blocking_one, past_the_pool
+from workshop.checks.session_lifetimes.calls import (
+    Seen,
+    close_sessions,
+    current_call,
+    is_own,
+    to_be_told,
+    unless_raised,
+)
 from workshop.checks.task import Task, Trials
 from workshop.shop import ExportJob
 
@@ -33,21 +40,32 @@ _TURNS = 4  # that customers may have to wait, in units of the capacity; fair is
 
 
 @dataclass(kw_only=True)
-class Jobs(Evidence):
-    """What became of the jobs that were `asked` for: how many were `exported`, and how many are `done`.
+class Jobs(Seen):
+    """What became of the jobs that were `asked` for: how many were `exported`, and their statuses at the end.
 
-    `twice` is how many were exported again, and `touched` how many others were changed or exported; `most` is the
-    most that a worker exported in one transaction. Of so many `customers`, `served` had a connection, and `waited`
-    is the longest that one of them waited for it, in the workers' turns.
+    `again` is how many were exported once more by another worker, and `again_by_itself` by the same; `touched` how
+    many others were changed or exported. `unfinished` is how often a worker exported a job when its job before was
+    not done, and `done_before` how often a job was done already; both as another process would see it. `written` is how
+    often "done" was written, be it committed or not, `failed_workers` how many raised.
+
+    `idle` workers exported nothing, and `waiting` is how many of the workers waited on average for a row that another
+    had locked. Of so many `customers`, `served` had a connection, and `waited` is the longest that one of them waited
+    for it, in the workers' turns.
     """
 
     workers: int
     asked: int
     exported: int
-    done: int
-    twice: int
+    statuses: Counter[str | None]
+    again: int
+    again_by_itself: int
     touched: int
-    most: int
+    unfinished: int
+    done_before: int
+    written: int
+    failed_workers: int
+    idle: int
+    waiting: float
     customers: int
     served: int
     waited: int
@@ -56,30 +74,48 @@ class Jobs(Evidence):
 class Turns:
     """What workers and customers do with a pool, counted in the workers' turns: the connections that they take.
 
-    `exports` counts how often each job was exported, `most` the most that one worker exported in one transaction,
-    and `waited` are the turns that passed between a customer's question and the connection.
+    `exports` are the workers who exported each job, in their order, `unfinished` and `done_before` what the database
+    said meanwhile, `written` how often an UPDATE spoke of "done", and `waited` are the turns that passed between a
+    customer's question and the connection.
     """
 
-    def __init__(self, engine: AsyncEngine, jobs: int) -> None:
-        self.exports: Counter[int] = Counter()
-        self.most = 0
+    def __init__(self, engine: AsyncEngine, known: Collection[int]) -> None:
+        self.exports: dict[int, list[int | None]] = {}
+        self.unfinished = 0
+        self.done_before = 0
+        self.written = 0
         self.waited: list[int] = []
         self.customers_come = asyncio.Event()
-        self._come_after = jobs // 10
+        self._known = known
+        self._come_after = len(known) // 10
         self._turns = 0
-        self._unfinished: Counter[int | None] = Counter()
+        self._before: dict[int | None, int] = {}
+        self._database = blocking_one(engine)
         event.listen(engine.sync_engine, "checkout", self._checked_out)
-        event.listen(engine.sync_engine, "commit", self._ends)
-        event.listen(engine.sync_engine, "rollback", self._ends)
+        event.listen(engine.sync_engine, "before_cursor_execute", self._note_done)
 
     def export(self, number: int) -> None:
         """What the learner's code is lent: write the file of a job."""
+        if number not in self._known:
+            raise ValueError(f"export({number!r}): there is no job with this number")
         call = current_call.get()
-        self.exports[number] += 1
-        self._unfinished[call] += 1
-        self.most = max(self.most, self._unfinished[call])
-        if self.exports.total() >= self._come_after:
+        self.done_before += self._is_done(number)
+        if (before := self._before.get(call, number)) != number:
+            self.unfinished += not self._is_done(before)
+        self._before[call] = number
+        self.exports.setdefault(number, []).append(call)
+        if len(self.exports) >= self._come_after:
             self.customers_come.set()
+
+    def _is_done(self, number: int) -> bool:
+        """As another process sees it; for `export` is no coroutine, this takes a connection that is none either."""
+        found = "SELECT status = 'done' FROM export_jobs WHERE id = %s"
+        row = self._database.execute(found, [number]).fetchone()
+        return row is not None and row[0]
+
+    def close(self) -> None:
+        """There will be no more exports."""
+        self._database.close()
 
     async def ask(self, engine: AsyncEngine) -> None:
         """What a customer does."""
@@ -90,8 +126,11 @@ class Turns:
     def _checked_out(self, *_: Any) -> None:
         self._turns += current_call.get() is not None
 
-    def _ends(self, connection: Any) -> None:
-        self._unfinished[current_call.get()] = 0
+    def _note_done(
+        self, connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any
+    ) -> None:
+        is_update = statement.lstrip().upper().startswith("UPDATE")
+        self.written += is_update and "done" in f"{statement}{parameters}"
 
 
 async def work_and_ask(
@@ -116,33 +155,41 @@ async def work_and_ask(
         )
         for _ in range(count)
     ]
-    async with engine.begin() as connection:
-        await connection.execute(insert(ExportJob), made)
-        before = {job.id: job for job in await connection.execute(columns)}
-    # All connections are there from the beginning: to make one takes longer than a job.
-    await asyncio.gather(*(_touch(engine) for _ in range(workers)))
-    turns = Turns(engine, jobs)
-    left = workers
+    async with backends(engine) as server:
+        async with engine.begin() as connection:
+            await connection.execute(insert(ExportJob), made)
+            before = {job.id: job for job in await connection.execute(columns)}
+        # All connections are there from the beginning: to make one takes longer than a job.
+        await asyncio.gather(*(_touch(engine) for _ in range(workers)))
+        turns = Turns(engine, before.keys())
+        left, failed, raised = workers, 0, False
 
-    async def work_or_ask(number: int) -> None:
-        nonlocal left
-        if number < workers:
-            current_call.set(number)
-            try:
-                await work_through(sessions, ours, turns.export)
-            finally:
-                left -= 1
-                if not left:
-                    turns.customers_come.set()
-        else:
-            # In a task of its own: who waits for an event is taken for one of the learner's.
-            await arrival
-            await turns.ask(engine)
+        async def work_or_ask(number: int) -> None:
+            nonlocal left, failed, raised
+            if number < workers:
+                current_call.set(number)
+                try:
+                    await work_through(sessions, ours, turns.export)
+                except Exception as error:
+                    failed, mistake = failed + 1, to_be_told(error)
+                    raised = raised or is_own(mistake)
+                    raise mistake from mistake.__cause__
+                finally:
+                    left -= 1
+                    if not left:
+                        turns.customers_come.set()
+            else:
+                # In a task of its own: who waits for an event is taken for one of the learner's.
+                await arrival
+                await turns.ask(engine)
 
-    async with evidence(conditions, engine) as noted:
-        sessions = async_sessionmaker(engine)
-        arrival = asyncio.create_task(turns.customers_come.wait(), name="the check")
-        await storm(work_or_ask, workers + customers)
+        async with evidence(conditions, engine) as noted:
+            sessions = async_sessionmaker(engine)
+            arrival = asyncio.create_task(turns.customers_come.wait(), name="the check")
+            server.waiting.clear()
+            await storm(work_or_ask, workers + customers)
+        waiting = [*server.waiting]
+    turns.close()
     await close_sessions(noted)
     await engine.dispose()
     async with engine.begin() as connection:
@@ -152,14 +199,24 @@ async def work_and_ask(
     exports = turns.exports
     return Jobs(
         **vars(noted),
+        past_the_pool=server.past_the_pool,
+        raised=raised,
         workers=workers,
         asked=len(asked),
-        done=sum(number in after and after[number].status == "done" for number in asked),
         exported=len(asked & exports.keys()),
-        twice=sum(count > 1 for count in exports.values()),
+        statuses=Counter(
+            after[number].status if number in after else None for number in asked & exports.keys()
+        ),
+        again=sum(len({*by}) > 1 for by in exports.values()),
+        again_by_itself=sum(len({*by}) < len(by) for by in exports.values()),
         touched=sum(after.get(number) != before[number] for number in before.keys() - asked)
         + len(exports.keys() - asked),
-        most=turns.most,
+        unfinished=turns.unfinished,
+        done_before=turns.done_before,
+        written=turns.written,
+        failed_workers=failed,
+        idle=len({*range(workers)} - {call for by in exports.values() for call in by}),
+        waiting=sum(waiting) / max(1, len(waiting)),
         customers=customers,
         served=len(turns.waited),
         waited=max(turns.waited, default=0),
@@ -172,19 +229,53 @@ async def _touch(engine: AsyncEngine) -> None:
 
 
 def wrong_way_of_working(run: Recording, seen: Jobs) -> Iterator[Finding]:
-    """Workers that do not commit job by job, take the same one twice, or let others in by the clock or one by one."""
-    if seen.exported and not seen.done:
-        yield Finding("forgets-to-commit", "Jobs were exported, and none of them is done.")
-    if seen.twice:
-        yield Finding("claim-that-races", "Some jobs were exported twice.")
-    if seen.most > 1:
+    """Workers that do not commit job by job, take the same one twice, or do not work side by side."""
+    if seen.exported and not seen.statuses["done"] and not seen.failed_workers:
+        yield _none_is_done(seen)
+    if seen.again:
+        yield Finding("claim-that-races", "Some jobs were exported by two workers.")
+    if seen.again_by_itself:
+        yield Finding("not-what-was-asked", "A worker exported the same job again.")
+    if seen.done_before:
         yield Finding(
-            "one-transaction-for-all", "A worker exported several jobs before it committed."
+            "done-before-it-is-done",
+            'When a job was exported, others could see already that it was "done".',
+        )
+    if seen.unfinished:
+        yield Finding(
+            "one-transaction-for-all",
+            'When a worker exported a job, others could not yet see that its job before was "done".',
         )
     if seen.sleepers > seen.workers // 4:
         yield Finding("waits-by-the-clock", f"The workers slept in {seen.sleeps_at}.")
-    if seen.exported and seen.queuers > seen.workers // 2:
-        yield Finding("one-at-a-time", f"Nearly all workers stood before {seen.queues_at}.")
+    if seen.exported and seen.queuers >= seen.workers - 1:
+        yield Finding(
+            "one-at-a-time",
+            f"{seen.queuers} of {seen.workers} workers stood before {seen.queues_at}.",
+        )
+    if seen.waiting > seen.workers / 2:
+        yield Finding(
+            "stands-in-the-lock-queue",
+            f"Of {seen.workers} workers, more than half waited in the server, most of the time,"
+            " for a row that another had locked.",
+        )
+
+
+def _none_is_done(seen: Jobs) -> Finding:
+    statuses = " and ".join(f'"{status}"' for status in seen.statuses)
+    evidence = f'{seen.exported} jobs were exported, and they are {statuses} at the end; asked for was "done".'
+    is_lost = seen.written and {*seen.statuses} == {"queued"}
+    return Finding("forgets-to-commit" if is_lost else "not-what-was-asked", evidence)
+
+
+def leaves_it_to_the_others(run: Recording, seen: Jobs) -> Iterator[Finding]:
+    """Workers that do not work."""
+    if seen.exported == seen.asked and seen.idle:
+        where = f" Up to {seen.queuers} stood before {seen.queues_at}." if seen.queuers else ""
+        yield Finding(
+            "leaves-it-to-the-others",
+            f"Of {seen.workers} workers, {seen.idle} exported nothing.{where}",
+        )
 
 
 def overtakes_the_queue(run: Recording, seen: Jobs) -> Iterator[Finding]:
@@ -203,17 +294,20 @@ def demands(run: Recording, seen: Jobs) -> Iterator[Finding]:
         yield Finding("more-than-asked", "Jobs were changed, or exported, that nobody asked for.")
     if seen.exported < seen.asked:
         yield Finding("part-of-the-rows", f"Of {seen.asked} jobs, {seen.exported} were exported.")
-    if seen.done < seen.asked:
+    if seen.statuses["done"] < seen.asked:
+        (other, *_) = (status for status in seen.statuses if status != "done")
         yield Finding(
-            "forgets-to-commit", f"{seen.asked} jobs were exported, and {seen.done} are done."
+            "not-what-was-asked",
+            f'{seen.asked} jobs were exported, and {seen.statuses["done"]} are "done".'
+            f" One {'was gone' if other is None else f'has the status {other!r}'}.",
         )
 
 
 def prove(trials: Trials[Jobs]) -> str:
     """What the runs of a right answer have shown."""
     return "\n".join(
-        f"{seen.done} of {seen.asked} jobs done once by {seen.workers} workers on {run.pools[0].capacity} connections,"
-        f" and {seen.served} of {seen.customers} customers served between them."
+        f"{seen.statuses['done']} of {seen.asked} jobs done once by {seen.workers} workers"
+        f" on {run.pools[0].capacity} connections, and {seen.served} of {seen.customers} customers served between them."
         for run, seen in trials
     )
 
@@ -227,16 +321,17 @@ let_others_in = Task(
         {"workers": 8, "customers": 10, "jobs": 72},
         {"workers": 3, "customers": 6, "jobs": 36},
     ),
-    rules=(
+    rules=unless_raised(
         *ENGINES,
         another_pool,
+        past_the_pool,
         wrong_way_of_working,
         one_session_many_tasks,
-        one_at_a_time,
         retries,
         deadlock,
         *LEFT_OVER,
         overtakes_the_queue,
+        leaves_it_to_the_others,
     ),
     demands=(demands,),
     proof=prove,

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 
-from workshop.checks.session_lifetimes.calls import Holds, current_call
+from workshop.checks.session_lifetimes.calls import Holds, current_call, pause
+from workshop.payment import Declined
 
 _PROVIDER_SECONDS = 0.15
 
 
-class DeclinedError(Exception):
-    """The provider does not pay."""
+class UnansweredError(TimeoutError):
+    """The provider has charged, and nobody hears of it: the network has lost its answer."""
 
 
 class Provider:
     """The payment provider: somebody else, and slow. While it works it looks as another process would.
 
-    `charged` counts the payments of each order, `seen` the statuses that orders had meanwhile, and `held` says
-    whether a call had a connection then.
+    It declines the orders in `declined`; those in `unanswered` it charges, and its answer gets lost; a call in
+    `given_up` is cancelled by its customer meanwhile, through the function that stands there.
+
+    `asked` counts how often each call has asked it, `charged` the payments of each order, `seen` the statuses that
+    orders had meanwhile, and `left_waiting` the calls that did not wait for its answer. `held` says whether a call had
+    a connection while it worked.
     """
 
-    def __init__(
-        self, holds: Holds, database: asyncpg.Pool, owed: dict[int, int], declined: set[int]
-    ) -> None:
+    def __init__(self, holds: Holds, database: asyncpg.Pool, owed: dict[int, int]) -> None:
+        self.declined: set[int] = set()
+        self.unanswered: set[int] = set()
+        self.given_up: dict[int, Callable[[], Any]] = {}
+        self.asked: Counter[int | None] = Counter()
         self.charged: Counter[int] = Counter()
-        self.seen: Counter[str] = Counter()
+        self.seen: Counter[str | None] = Counter()
+        self.left_waiting = 0
         self.held = False
         self._holds = holds
         self._database = database
         self._owed = owed
-        self._declined = declined
 
     async def __call__(self, number: Any, household: Any) -> None:
         """Pay an order."""
@@ -42,25 +50,28 @@ class Provider:
                 f"provider({number!r}, {household!r}): there is no such order of such a household"
             )
         call = current_call.get()
+        self.asked[call] += 1
+        try:
+            await self._think(call, number)
+        except asyncio.CancelledError:
+            self.left_waiting += call not in self.given_up
+            raise
+        if number in self.declined:
+            raise Declined(f"order {number}: card declined")
+        self.charged[number] += 1
+        if number in self.unanswered:
+            raise UnansweredError(f"order {number}: no answer")
+
+    async def _think(self, call: int | None, number: int) -> None:
         self._look(call)
         found = "SELECT status FROM orders WHERE id = $1"
         self.seen[await self._database.fetchval(found, number)] += 1
-        # Neither a sleep nor an event: those are looked for in the learner's code.
-        loop = asyncio.get_running_loop()
-        answered = loop.create_future()
-        timers = [
-            loop.call_later(_PROVIDER_SECONDS / 2, self._look, call),
-            loop.call_later(_PROVIDER_SECONDS, answered.set_result, None),
-        ]
-        try:
-            await answered
-        finally:  # who is cancelled may use a connection again
-            for timer in timers:
-                timer.cancel()
+        await pause(_PROVIDER_SECONDS / 2)
         self._look(call)
-        if number in self._declined:
-            raise DeclinedError(f"order {number}: card declined")
-        self.charged[number] += 1
+        if call in self.given_up:
+            self.given_up[call]()
+        await pause(_PROVIDER_SECONDS / 2)
+        self._look(call)
 
     def _look(self, call: int | None) -> None:
         self.held = self.held or self._holds.count(call) > 0
