@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 
+import asyncpg
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from answers import Answers
-from workshop.database import database_url
+from workshop.payment import Declined
 from workshop.shop import ExportJob, Order, Sale
 
 # The payment
@@ -217,7 +220,7 @@ large = {}
 
 async def from_a_larger_pool(Session, number, provider):
     if not large:
-        engine = create_async_engine(database_url(), pool_size=40, max_overflow=0)
+        engine = create_async_engine(Session.kw["bind"].url, pool_size=40, max_overflow=0)
         large["Session"] = async_sessionmaker(engine)
     await given(large["Session"], number, provider)
 
@@ -235,6 +238,226 @@ async def claim_beside_an_open_session(Session, number, provider):
 
 async def do_nothing(Session, number, provider):
     pass
+
+
+async def put_back_what_is_declined(Session, number, provider):
+    household = await take(Session, number)
+    if household is None:
+        return
+    try:
+        await provider(number, household)
+    except Declined:
+        await set_status(Session, number, "new")
+        raise
+    await set_status(Session, number, "paid")
+
+
+async def rows_that_were_changed(Session, number, provider):
+    async with Session.begin() as session:
+        mine = update(Order).where(Order.id == number, Order.status == "new")
+        claimed = await session.execute(mine.values(status="paying"))
+        if claimed.rowcount != 1:
+            return
+        household = await session.scalar(select(Order.household_id).where(Order.id == number))
+    await finish(Session, number, household, provider)
+
+
+async def skip_what_is_locked(Session, number, provider):
+    async with Session.begin() as session:
+        order = await session.get(Order, number, with_for_update={"skip_locked": True})
+        if order is None or order.status != "new":
+            return
+        order.status, household = "paying", order.household_id
+    await finish(Session, number, household, provider)
+
+
+async def raw_connections_of_the_pool(Session, number, provider):
+    async def run(query, *arguments):
+        async with Session.kw["bind"].connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            return await raw.fetchval(query, *arguments)
+
+    claim = "UPDATE orders SET status = 'paying' WHERE id = $1 AND status = 'new' RETURNING household_id"
+    household = await run(claim, number)
+    if household is None:
+        return
+    try:
+        await provider(number, household)
+    except Declined:
+        await run("UPDATE orders SET status = 'new' WHERE id = $1", number)
+        raise
+    await run("UPDATE orders SET status = 'paid' WHERE id = $1", number)
+
+
+async def behind_a_shield(Session, number, provider):
+    """A customer who gives up does not end the payment."""
+    household = await take(Session, number)
+    if household is not None:
+        await asyncio.shield(asyncio.create_task(finish(Session, number, household, provider)))
+
+
+async def finish(Session, number, household, provider):
+    try:
+        await provider(number, household)
+    except Exception:
+        await set_status(Session, number, "new")
+        raise
+    await set_status(Session, number, "paid")
+
+
+async def ask_twice(Session, number, provider):
+    household = await take(Session, number)
+    if household is None:
+        return
+    try:
+        await provider(number, household)
+    except Declined:
+        await finish(Session, number, household, provider)
+    else:
+        await set_status(Session, number, "paid")
+
+
+async def paid_in_any_case(Session, number, provider):
+    """A slip of indentation: whoever got no claim writes "paid" as well."""
+    household = await take(Session, number)
+    if household is not None:
+        try:
+            await provider(number, household)
+        except Exception:
+            await set_status(Session, number, "new")
+            raise
+    await set_status(Session, number, "paid")
+
+
+async def paying_whatever_it_was(Session, number, provider):
+    async with Session() as session:
+        order = await session.get(Order, number, with_for_update=True)
+        is_new, household = order.status == "new", order.household_id
+        order.status = "paying"
+        await session.commit()
+    if is_new:
+        await finish(Session, number, household, provider)
+
+
+async def in_other_words(Session, number, provider):
+    async with Session.begin() as session:
+        household = await session.scalar(taken(number).values(status="in progress"))
+    if household is not None:
+        await finish(Session, number, household, provider)
+
+
+async def out_of_the_table(Session, number, provider):
+    mine = delete(Order).where(Order.id == number, Order.status == "new")
+    async with Session.begin() as session:
+        household = await session.scalar(mine.returning(Order.household_id))
+    if household is None:
+        return
+    status = "new"
+    try:
+        await provider(number, household)
+        status = "paid"
+    finally:
+        async with Session.begin() as session:
+            session.add(Order(id=number, household_id=household, status=status))
+
+
+async def never_paid(Session, number, provider):
+    household = await take(Session, number)
+    if household is not None:
+        try:
+            await provider(number, household)
+        except Exception:
+            await set_status(Session, number, "new")
+            raise
+
+
+async def declined_is_declined(Session, number, provider):
+    household = await take(Session, number)
+    if household is None:
+        return
+    try:
+        await provider(number, household)
+    except Declined:
+        await set_status(Session, number, "declined")
+        raise
+    await set_status(Session, number, "paid")
+
+
+async def a_better_error(Session, number, provider):
+    try:
+        await claim_with_one_statement(Session, number, provider)
+    except Declined as error:
+        raise RuntimeError("payment failed") from error
+
+
+async def not_longer_than_that(Session, number, provider):
+    household = await take(Session, number)
+    if household is None:
+        return
+    try:
+        async with asyncio.timeout(0.1):
+            await provider(number, household)
+    except (Declined, TimeoutError):
+        await set_status(Session, number, "new")
+        raise
+    await set_status(Session, number, "paid")
+
+
+async def paying_is_for_everybody(Session, number, provider):
+    async with Session.begin() as session:
+        await session.execute(taken(number))
+    async with Session() as session:
+        order = await session.get(Order, number)
+    if order.status == "paying":
+        await finish(Session, number, order.household_id, provider)
+
+
+async def paid_whatever_the_network_does(Session, number, provider):
+    household = await take(Session, number)
+    if household is None:
+        return
+    try:
+        await provider(number, household)
+    except Declined:
+        await set_status(Session, number, "new")
+        raise
+    except TimeoutError:
+        await set_status(Session, number, "paid")
+        raise
+    await set_status(Session, number, "paid")
+
+
+async def a_lost_answer_is_no_error(Session, number, provider):
+    with contextlib.suppress(TimeoutError):
+        await put_back_what_is_declined(Session, number, provider)
+
+
+async def giving_up_is_no_error(Session, number, provider):
+    with contextlib.suppress(asyncio.CancelledError):
+        await put_back_what_is_declined(Session, number, provider)
+
+
+def plain_dsn(Session):
+    url = Session.kw["bind"].url.set(drivername="postgresql")
+    return url.render_as_string(hide_password=False)
+
+
+async def past_the_pool(Session, number, provider):
+    connection = await asyncpg.connect(plain_dsn(Session))
+    try:
+        claim = "UPDATE orders SET status = 'paying' WHERE id = $1 AND status = 'new' RETURNING household_id"
+        household = await connection.fetchval(claim, number)
+        if household is None:
+            return
+        status = "new"
+        try:
+            await provider(number, household)
+            status = "paid"
+        finally:
+            change = "UPDATE orders SET status = $2 WHERE id = $1"
+            await connection.execute(change, number, status)
+    finally:
+        await connection.close()
 
 
 # The page
@@ -430,6 +653,240 @@ def not_found_within_the_stream(Session, changed):
     return app_of(follow)
 
 
+def looks(Session):
+    async def look(number):
+        async with Session() as session:
+            return await session.scalar(status_of(number))
+
+    return look
+
+
+def in_parts(Session, changed):
+    """An event may be sent piece by piece."""
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                status = await look(number)
+                yield "event: status\ndata: "
+                yield f"{status}\n"
+                yield "\n"
+                await changed(number)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def only_what_is_new(Session, changed):
+    """And it begins to wait before it looks."""
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            shown, news = None, asyncio.ensure_future(changed(number))
+            try:
+                while True:
+                    if (status := await look(number)) != shown:
+                        shown = status
+                        yield f"data: {status}\n\n"
+                    await news
+                    news = asyncio.ensure_future(changed(number))
+            finally:
+                news.cancel()
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def fed_by_a_task(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            statuses = asyncio.Queue()
+
+            async def feed():
+                while True:
+                    await statuses.put(await look(number))
+                    await changed(number)
+
+            feeding = asyncio.create_task(feed())
+            try:
+                while True:
+                    yield f"data: {await statuses.get()}\n\n"
+            finally:
+                feeding.cancel()
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def commit_after_the_first_event(Session, changed):
+    as_always = Depends(session_of(Session))
+
+    async def follow(number: int, session: AsyncSession = as_always):
+        first = await session.scalar(status_of(number))
+        if first is None:
+            raise HTTPException(404)
+
+        async def events():
+            yield f"data: {first}\n\n"
+            while True:
+                await session.commit()
+                await changed(number)
+                status = await session.scalar(status_of(number))
+                await session.commit()
+                yield f"data: {status}\n\n"
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def connection_for_each_page(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            connection = await asyncpg.connect(plain_dsn(Session))
+            try:
+                while True:
+                    found = "SELECT status FROM orders WHERE id = $1"
+                    yield f"data: {await connection.fetchval(found, number)}\n\n"
+                    await changed(number)
+            finally:
+                await connection.close()
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def known_statuses(Session, changed):
+    look, known = looks(Session), {}
+
+    async def follow(number: int):
+        if number not in known:
+            known[number] = await look(number)
+        if known[number] is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                yield f"data: {known[number]}\n\n"
+                await changed(number)
+                known[number] = await look(number)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def without_await(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                yield f"data: {await look(number)}\n\n"
+                await asyncio.sleep(0)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def sleeps_in_the_loop(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                yield f"data: {await look(number)}\n\n"
+                time.sleep(0.5)  # noqa: ASYNC251  # that is what is wrong
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def news_first(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                await changed(number)
+                yield f"data: {await look(number)}\n\n"
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def never_not_found(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        async def events():
+            while True:
+                yield f"data: {await look(number)}\n\n"
+                await changed(number)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def task_that_nobody_ends(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+        statuses = asyncio.Queue()
+
+        async def feed():
+            while True:
+                await statuses.put(await look(number))
+                await changed(number)
+
+        asyncio.create_task(feed())  # noqa: RUF006  # that is what is wrong
+
+        async def events():
+            while True:
+                yield f"data: {await statuses.get()}\n\n"
+
+        return stream(events())
+
+    return app_of(follow)
+
+
 def empty_app(Session, changed):
     return FastAPI()
 
@@ -541,6 +998,127 @@ async def exceptions_returned(Session, skus):
     return dict(zip(skus, counts, strict=True))
 
 
+async def workers_with_a_queue(Session, skus):
+    queue, found = asyncio.Queue(), {}
+    for sku in skus:
+        queue.put_nowait(sku)
+
+    async def work():
+        async with Session() as session:
+            while not queue.empty():
+                sku = queue.get_nowait()
+                found[sku] = await session.scalar(sold(sku))
+                await session.commit()
+
+    tasks = [asyncio.create_task(work()) for _ in range(3)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+async def one_session_behind_a_lock(Session, skus):
+    """Used by many tasks, and never by two at the same time."""
+    lock = asyncio.Lock()
+    async with Session() as session:
+
+        async def sold_of(sku):
+            async with lock:
+                return await session.scalar(sold(sku))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = {sku: group.create_task(sold_of(sku)) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
+
+
+async def sold_alone(Session, sku):
+    async with Session() as session:
+        return await session.scalar(sold(sku))
+
+
+async def gather_by_threes(Session, skus):
+    found = {}
+    for start in range(0, len(skus), 3):
+        some = skus[start : start + 3]
+        counts = await asyncio.gather(*(sold_alone(Session, sku) for sku in some))
+        found |= zip(some, counts, strict=True)
+    return found
+
+
+async def cancel_and_do_not_wait(Session, skus):
+    door = asyncio.Semaphore(3)
+
+    async def sold_of(sku):
+        async with door:
+            return await sold_alone(Session, sku)
+
+    tasks = [asyncio.create_task(sold_of(sku)) for sku in skus]
+    try:
+        return dict(zip(skus, await asyncio.gather(*tasks), strict=True))
+    except Exception:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+async def look_for_the_large(Session, skus):
+    if any(sku >= 2**31 for sku in skus):
+        raise ValueError("no such number")
+    return await one_after_another(Session, skus)
+
+
+async def leave_out_the_large(Session, skus):
+    return await one_after_another(Session, [sku for sku in skus if sku < 2**31])
+
+
+async def nothing_sold(Session, skus):
+    found = {}
+    for sku in skus:
+        try:
+            found[sku] = await sold_alone(Session, sku)
+        except Exception:
+            found[sku] = 0
+    return found
+
+
+async def close_when_all_is_well(Session, skus):
+    session = Session()
+    found = {sku: await session.scalar(sold(sku)) for sku in skus}
+    await session.close()
+    return found
+
+
+async def report_past_the_pool(Session, skus):
+    connection = await asyncpg.connect(plain_dsn(Session))
+    try:
+        query = "SELECT sum(quantity) FROM sales WHERE sku = $1"
+        return {sku: await connection.fetchval(query, sku) for sku in skus}
+    finally:
+        await connection.close()
+
+
+async def in_the_order_of_their_end(Session, skus):
+    async with asyncio.TaskGroup() as group:
+        door, counts = asyncio.Semaphore(3), []
+
+        async def count(sku):
+            async with door:
+                counts.append(await sold_alone(Session, sku))
+
+        for sku in reversed(skus):
+            group.create_task(count(sku))
+    return dict(zip(skus, counts, strict=True))
+
+
+async def tasks_instead_of_numbers(Session, skus):
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(one_after_another(Session, skus))
+    return dict.fromkeys(skus, task)
+
+
 async def only_five(Session, skus):
     return await one_after_another(Session, skus[:5])
 
@@ -603,6 +1181,100 @@ async def begin_on_the_long_session(Session, kind, export):
                 job = await session.scalar(next_of(kind))
                 if job is None:
                     return
+                export(job.id)
+                job.status = "done"
+
+
+async def raw_connections_for_jobs(Session, kind, export):
+    found = (
+        "SELECT id FROM export_jobs WHERE kind = $1 AND status = 'queued'"
+        " ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"
+    )
+    while True:
+        async with Session.kw["bind"].connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            async with raw.transaction():
+                number = await raw.fetchval(found, kind)
+                if number is None:
+                    return
+                export(number)
+                await raw.execute("UPDATE export_jobs SET status = 'done' WHERE id = $1", number)
+
+
+async def jobs_of_a_generator(Session, kind, export):
+    async def jobs():
+        while True:
+            async with Session.begin() as session:
+                job = await session.scalar(next_of(kind))
+                if job is None:
+                    return
+                yield job
+
+    async with contextlib.aclosing(jobs()) as some:
+        async for job in some:
+            export(job.id)
+            job.status = "done"
+
+
+async def done_first(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(next_of(kind))
+            if job is None:
+                return
+            number, job.status = job.id, "done"
+        export(number)
+
+
+async def wait_for_the_row(Session, kind, export):
+    queued = next_of(kind).with_for_update()
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(queued)
+            if job is None:
+                return
+            export(job.id)
+            job.status = "done"
+
+
+busy = set()
+
+
+async def the_first_does_all(Session, kind, export):
+    if kind not in busy:
+        busy.add(kind)
+        await session_for_each_job(Session, kind, export)
+
+
+doors = {}
+
+
+async def one_worker_less(Session, kind, export):
+    size = Session.kw["bind"].pool.size()
+    async with doors.setdefault(size, asyncio.Semaphore(size - 1)), Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+            await session.commit()
+
+
+async def finished_instead_of_done(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(next_of(kind))
+            if job is None:
+                return
+            export(job.id)
+            job.status = "finished"
+
+
+async def ten_in_one_commit(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            jobs = (await session.scalars(next_of(kind).limit(10))).all()
+            if not jobs:
+                return
+            for job in jobs:
                 export(job.id)
                 job.status = "done"
 
@@ -680,7 +1352,16 @@ async def one_worker_at_a_time(Session, kind, export):
 
 ANSWERS = {
     "pay_without_a_connection": Answers(
-        right=[claim_with_one_statement, lock_claim_and_load_again, one_session_that_commits],
+        right=[
+            claim_with_one_statement,
+            lock_claim_and_load_again,
+            one_session_that_commits,
+            put_back_what_is_declined,
+            rows_that_were_changed,
+            skip_what_is_locked,
+            raw_connections_of_the_pool,
+            behind_a_shield,
+        ],
         wrong=[
             (flush_the_claim, "holds-while-it-waits"),
             (close_it_first, "claims-nothing"),
@@ -696,6 +1377,20 @@ ANSWERS = {
             (from_a_larger_pool, "bigger-pool"),
             (claim_beside_an_open_session, "holds-and-waits"),
             (do_nothing, "success-without-work"),
+            (ask_twice, "asks-again"),
+            (paid_in_any_case, "more-than-asked"),
+            (paying_whatever_it_was, "more-than-asked"),
+            (in_other_words, "not-what-was-asked"),
+            (out_of_the_table, "not-what-was-asked"),
+            (never_paid, "not-what-was-asked"),
+            (declined_is_declined, "not-what-was-asked"),
+            (a_better_error, "raises-another-error"),
+            (not_longer_than_that, "no-answer-is-no-refusal"),
+            (paying_is_for_everybody, "claim-that-races"),
+            (paid_whatever_the_network_does, "paid-before-the-money"),
+            (a_lost_answer_is_no_error, "swallows-the-timeout"),
+            (giving_up_is_no_error, "swallows-the-timeout"),
+            (past_the_pool, "another-pool"),
         ],
     ),
     "follow_an_order": Answers(
@@ -704,6 +1399,9 @@ ANSWERS = {
             commit_after_each_look,
             dependency_for_the_look_only,
             connection_for_each_look,
+            in_parts,
+            only_what_is_new,
+            fed_by_a_task,
         ],
         wrong=[
             (dependency_and_short_sessions, "as-long-as-the-response"),
@@ -711,24 +1409,54 @@ ANSWERS = {
             (yield_within_the_block, "holds-while-they-read"),
             (read_before_the_stream, "reads-once"),
             (not_found_within_the_stream, "status-comes-first"),
-            (empty_app, "success-without-work"),
+            (commit_after_the_first_event, "holds-while-they-read"),
+            (connection_for_each_page, "another-pool"),
+            (known_statuses, "remembers-for-others"),
+            (without_await, "asks-all-the-time"),
+            (sleeps_in_the_loop, "async-def-is-enough"),
+            (news_first, "not-what-was-asked"),
+            (never_not_found, "not-what-was-asked"),
+            (task_that_nobody_ends, "fire-and-forget"),
+            (empty_app, "not-what-was-asked"),
             (pool_without_limit, "changes-the-pool"),
         ],
     ),
     "ask_in_parallel": Answers(
-        right=[one_statement, one_after_another, three_at_once, gather_in_pairs],
+        right=[
+            one_statement,
+            one_after_another,
+            three_at_once,
+            gather_in_pairs,
+            workers_with_a_queue,
+            one_session_behind_a_lock,
+        ],
         wrong=[
             (task_group_on_one_session, "one-session-many-tasks"),
             (gather_three, "gather-leaves-the-others"),
             (task_group_of_all, "takes-the-whole-pool"),
             (children_beside_their_parent, "children-count-too"),
             (exceptions_returned, "errors-among-results"),
-            (only_five, "success-without-work"),
+            (gather_by_threes, "gather-leaves-the-others"),
+            (cancel_and_do_not_wait, "gather-leaves-the-others"),
+            (look_for_the_large, "looks-for-it-itself"),
+            (leave_out_the_large, "looks-for-it-itself"),
+            (nothing_sold, "swallows-the-timeout"),
+            (close_when_all_is_well, "leaves-it-checked-out"),
+            (report_past_the_pool, "another-pool"),
+            (in_the_order_of_their_end, "not-what-was-asked"),
+            (tasks_instead_of_numbers, "not-what-was-asked"),
+            (only_five, "not-what-was-asked"),
             (one_report_at_a_time, "one-at-a-time"),
         ],
     ),
     "let_others_in": Answers(
-        right=[let_a_step_pass, session_for_each_job, claim_first],
+        right=[
+            let_a_step_pass,
+            session_for_each_job,
+            claim_first,
+            raw_connections_for_jobs,
+            jobs_of_a_generator,
+        ],
         wrong=[
             (begin_on_the_long_session, "overtakes-the-queue"),
             (one_commit_at_the_end, "one-transaction-for-all"),
@@ -738,6 +1466,12 @@ ANSWERS = {
             (all_kinds, "more-than-asked"),
             (five_each, "part-of-the-rows"),
             (one_worker_at_a_time, "one-at-a-time"),
+            (done_first, "done-before-it-is-done"),
+            (wait_for_the_row, "stands-in-the-lock-queue"),
+            (the_first_does_all, "leaves-it-to-the-others"),
+            (one_worker_less, "leaves-it-to-the-others"),
+            (finished_instead_of_done, "not-what-was-asked"),
+            (ten_in_one_commit, "one-transaction-for-all"),
         ],
     ),
 }

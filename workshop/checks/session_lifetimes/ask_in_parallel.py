@@ -35,7 +35,7 @@ _NO_PRODUCT = 2**40  # more than the column's type can hold: the query fails
 
 @dataclass(kw_only=True)
 class Reports(Work, Seen):
-    """Of so many calls `asked`, how many were `right`, and what another of them returned and was to return.
+    """Of so many calls `asked`, how many were `right`, and what another returned `instead`.
 
     Of so many `failing`, `told` raised, and in `refused` the database was asked and refused. `most` is the most
     connections that one call had at once, `shared` says whether a connection was used by two tasks at the same time.
@@ -45,8 +45,7 @@ class Reports(Work, Seen):
 
     right: int
     asked: int
-    returned: str
-    expected: str
+    instead: str
     failing: int
     told: int
     refused: int
@@ -118,8 +117,7 @@ async def show_reports(
         done=len(expected) - len(wrong) + len(told),
         right=len(expected) - len(wrong),
         asked=len(expected),
-        returned=_shown(shown.get(wrong[0])) if wrong else "",
-        expected=_shown(expected[wrong[0]]) if wrong else "",
+        instead=_difference(shown.get(wrong[0]), expected[wrong[0]]) if wrong else "",
         failing=len(failing),
         told=len(told),
         refused=len(refused),
@@ -154,9 +152,23 @@ def _is_from_the_database(error: BaseException | None) -> bool:
     )
 
 
-def _shown(report: Any) -> str:
-    """A report as the learner reads it; of a long one the beginning."""
-    text = repr(report)
+def _difference(returned: Any, expected: dict[int, int]) -> str:
+    """What a report is, where it is not as it should be."""
+    if not isinstance(returned, dict):
+        return (
+            f"{_shown(returned)}, of the type {type(returned).__name__}; asked for was a dictionary"
+        )
+    for sku, count in expected.items():
+        if sku not in returned:
+            keys = f"its keys begin with {next(iter(returned))!r}" if returned else "it was empty"
+            return f"nothing for the number {sku} ({keys}); asked for was {count}"
+        if returned[sku] != count:
+            return f"{_shown(returned[sku])} for the number {sku}; asked for was {count}"
+    return f"{len(returned)} numbers; asked for were {len(expected)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
@@ -202,7 +214,7 @@ def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
         yield Finding(
             "not-what-was-asked",
             f"Of {seen.asked} calls that could succeed, {seen.right} returned what was asked for."
-            f" One returned {seen.returned}; asked for was {seen.expected}.",
+            f" One returned {seen.instead}.",
         )
     if seen.refused < seen.failing:
         yield Finding(

@@ -39,6 +39,7 @@ from workshop.checks.session_lifetimes.calls import (
     close_sessions,
     current_call,
     is_own,
+    pause,
     to_be_told,
     unless_raised,
 )
@@ -56,6 +57,7 @@ _MOST_QUESTIONS = 3  # of one page in the time of the looks, while nothing happe
 _SETTLE_SECONDS = 0.15
 _PHASE_SECONDS = 1.5  # for those who time out; all others have settled long before
 _LATE_SECONDS = 0.3
+_SECONDS_TO_LEAVE = 0.05  # for what a page has cancelled when it was closed
 _MOST_SHOWN = 60
 _STANDS_STILL_SECONDS = 1.0
 
@@ -168,6 +170,7 @@ async def open_tabs(
                     *(tab.visit(apps[0]) for tab in late),
                     return_exceptions=True,
                 )
+                await pause(_SECONDS_TO_LEAVE)
         pulse.close()
     await close_sessions(noted)
     await engine.dispose()

@@ -56,7 +56,8 @@ class Payments(Work, Seen):
     declined, and `told` is how many refusals were reported, `renamed` as which other errors.
 
     Of so many `unanswered` payments, `unanswered_told` were reported; `unanswered_ended` and `given_up_ended` are the
-    statuses of their orders, and of those whose customer has given up, without those that were charged.
+    statuses of their orders, and of those whose customer has given up, without those that were charged; and
+    `given_up_not_told` how many of these calls ended as if they had not been cancelled.
 
     `held` says whether a call had a connection while the provider worked, `statuses` which ones others could see
     then, `most_asked` is how often one call asked it, and `left_waiting` how many did not wait for it. `written` is how
@@ -80,6 +81,7 @@ class Payments(Work, Seen):
     renamed: Counter[str]
     unanswered: int
     unanswered_told: int
+    given_up_not_told: int
     unanswered_ended: Counter[str | None]
     given_up_ended: Counter[str | None]
     written: int
@@ -99,7 +101,7 @@ async def pay_orders(
         for index, status in enumerate(["new"] * new_ones + [*_OTHERS])
     ]
     renamed, written, told, unanswered_told = Counter[str](), Counter[str](), set[int](), set[int]()
-    raised = False
+    raised, not_told = False, set[int]()
     holds = Holds(engine)
     event.listen(engine.sync_engine, "before_cursor_execute", partial(_note_paid, written))
     event.listen(Order.status, "set", partial(_note_detached, written))
@@ -145,6 +147,8 @@ async def pay_orders(
                 payment.result()
             except UnansweredError:
                 unanswered_told.add(order)
+            else:
+                not_told.add(order)
 
         async with evidence(conditions, engine) as noted:
             sessions = async_sessionmaker(engine)
@@ -192,6 +196,7 @@ async def pay_orders(
         renamed=renamed,
         unanswered=sum(charged[number] > 0 for number in uncertain[:_UNANSWERED]),
         unanswered_told=len(unanswered_told),
+        given_up_not_told=len(not_told.intersection(given_up)),
         unanswered_ended=ended_as(uncertain[:_UNANSWERED]),
         given_up_ended=ended_as([number for number in given_up if not charged[number]]),
         written=written["paid"],
@@ -278,7 +283,7 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
     yield from _paid_in_vain(seen)
     if seen.charged < seen.accepted:
         yield Finding(
-            "not-what-was-asked",
+            "success-without-work",
             f"Of {seen.accepted} orders that could be paid, {seen.charged} were charged.",
         )
     if seen.ended_as["paid"] < seen.accepted:
@@ -289,6 +294,11 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
             "swallows-the-timeout",
             f"{seen.unanswered} times the provider raised because its answer was lost,"
             f" and {seen.unanswered_told} calls said so.",
+        )
+    if seen.given_up_not_told:
+        yield Finding(
+            "swallows-the-timeout",
+            f"{seen.given_up_not_told} calls were cancelled, and ended as if all had gone well.",
         )
 
 
