@@ -15,9 +15,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
-import workshop
 from ormscope.lab import Recording, storm
-from ormscope.places import is_library, is_user_code
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections, forget_orders, own_households
@@ -45,9 +43,9 @@ from workshop.checks.session_lifetimes.calls import (
 )
 from workshop.checks.task import Task, Trials
 from workshop.checks.the_blocked_loop.pulse import Pulse
+from workshop.checks.unheard import is_learners
 from workshop.shop import Order
 
-_WORKSHOP = os.path.dirname(workshop.__file__)
 _STATUSES = ("new", "packed", "sent")
 _SLOW_TABS = (1, 1, 0)  # how many events they read
 _LATE_TABS = 2
@@ -211,15 +209,9 @@ def _shown(page: Tab) -> str:
 def _leave_the_framework_out(error: Exception) -> None:
     """Of its traceback, as far as it leads to the learner's code."""
     trace = error.__traceback__
-    while trace is not None and not _is_learners(trace.tb_frame.f_code.co_filename):
+    while trace is not None and not is_learners(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
     error.__traceback__ = trace or error.__traceback__
-
-
-def _is_learners(filename: str) -> bool:
-    return (
-        is_user_code(filename) and not is_library(filename) and not filename.startswith(_WORKSHOP)
-    )
 
 
 async def _let_orders_change(

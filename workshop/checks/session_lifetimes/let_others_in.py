@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from sqlalchemy import delete, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ormscope.lab import Recording, storm
+from ormscope.places import place
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
@@ -48,9 +50,9 @@ class Jobs(Seen):
     not done, and `done_before` how often a job was done already; both as another process would see it. `written` is how
     often "done" was written, be it committed or not, `failed_workers` how many raised.
 
-    `idle` workers exported nothing, and `waiting` is how many of the workers waited on average for a row that another
-    had locked. Of so many `customers`, `served` had a connection, and `waited` is the longest that one of them waited
-    for it, in the workers' turns.
+    `pauses` counts where workers slept by the clock. `idle` workers exported nothing, and `waiting` is how many of the
+    workers waited on average for a row that another had locked. Of so many `customers`, `served` had a connection, and
+    `waited` is the longest that one of them waited for it, in the workers' turns.
     """
 
     workers: int
@@ -64,11 +66,32 @@ class Jobs(Seen):
     done_before: int
     written: int
     failed_workers: int
+    pauses: Counter[str]
     idle: int
     waiting: float
     customers: int
     served: int
     waited: int
+
+
+class Pauses:
+    """Where the workers slept by the clock, and how often.
+
+    A look at the tasks now and then would miss those who sleep for a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self.at: Counter[str] = Counter()
+        loop = asyncio.get_running_loop()
+        self._call_later = loop.call_later
+        loop.call_later = self._note  # type: ignore[method-assign, assignment]  # until the process ends
+
+    def _note(self, delay: float, callback: Callable[..., object], *rest: Any, **more: Any) -> Any:
+        caller = sys._getframe(1)
+        if caller.f_code is asyncio.sleep.__code__ and current_call.get() is not None:
+            sleeper = caller.f_back or caller
+            self.at[place((sleeper.f_code, sleeper.f_lineno)).short] += 1
+        return self._call_later(delay, callback, *rest, **more)
 
 
 class Turns:
@@ -161,7 +184,7 @@ async def work_and_ask(
             before = {job.id: job for job in await connection.execute(columns)}
         # All connections are there from the beginning: to make one takes longer than a job.
         await asyncio.gather(*(_touch(engine) for _ in range(workers)))
-        turns = Turns(engine, before.keys())
+        turns, pauses = Turns(engine, before.keys()), Pauses()
         left, failed, raised = workers, 0, False
 
         async def work_or_ask(number: int) -> None:
@@ -215,6 +238,7 @@ async def work_and_ask(
         done_before=turns.done_before,
         written=turns.written,
         failed_workers=failed,
+        pauses=pauses.at,
         idle=len({*range(workers)} - {call for by in exports.values() for call in by}),
         waiting=sum(waiting) / max(1, len(waiting)),
         customers=customers,
@@ -246,8 +270,11 @@ def wrong_way_of_working(run: Recording, seen: Jobs) -> Iterator[Finding]:
             "one-transaction-for-all",
             'When a worker exported a job, others could not yet see that its job before was "done".',
         )
-    if seen.sleepers > seen.workers // 4:
-        yield Finding("waits-by-the-clock", f"The workers slept in {seen.sleeps_at}.")
+    if seen.pauses.total() > seen.asked // 4:
+        ((where, _),) = seen.pauses.most_common(1)
+        yield Finding(
+            "waits-by-the-clock", f"The workers slept {seen.pauses.total()} times, in {where}."
+        )
     if seen.exported and seen.queuers >= seen.workers - 1:
         yield Finding(
             "one-at-a-time",

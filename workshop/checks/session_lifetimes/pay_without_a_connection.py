@@ -145,7 +145,9 @@ async def pay_orders(
                 return
             try:
                 payment.result()
-            except UnansweredError:
+            except Exception as error:
+                if not (isinstance(error, UnansweredError) or _is_renamed(error)):
+                    raise
                 unanswered_told.add(order)
             else:
                 not_told.add(order)
@@ -216,9 +218,12 @@ def _note_detached(written: Counter[str], order: Order, status: Any, *_: Any) ->
 
 
 def _is_renamed(error: BaseException) -> bool:
-    """Whether it was raised instead of a refusal: from it, or with it in a group."""
+    """Whether it was raised instead of the provider's error: from it, or with it in a group."""
     within = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
-    return any(isinstance(each, Declined) or (each and _is_renamed(each)) for each in within)
+    return any(
+        isinstance(each, (Declined, UnansweredError)) or (each and _is_renamed(each))
+        for each in within
+    )
 
 
 def waits_in_line(run: Recording, seen: Payments) -> Iterator[Finding]:
