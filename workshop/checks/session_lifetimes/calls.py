@@ -73,11 +73,16 @@ async def pause(seconds: float) -> None:
     """Wait; neither with a sleep nor with an event, for those are looked for in the learner's code."""
     loop = asyncio.get_running_loop()
     over = loop.create_future()
-    timer = loop.call_later(seconds, over.set_result, None)
+    timer = loop.call_later(seconds, _end, over)
     try:
         await over
     finally:
         timer.cancel()
+
+
+def _end(wait: asyncio.Future[None]) -> None:
+    if not wait.done():  # a wait that was cancelled in this step of the loop
+        wait.set_result(None)
 
 
 class Holds:
