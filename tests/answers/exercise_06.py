@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 
 import asyncpg
 from fastapi import Depends, FastAPI, HTTPException
@@ -815,23 +814,6 @@ def without_await(Session, changed):
     return app_of(follow)
 
 
-def sleeps_in_the_loop(Session, changed):
-    look = looks(Session)
-
-    async def follow(number: int):
-        if await look(number) is None:
-            raise HTTPException(404)
-
-        async def events():
-            while True:
-                yield f"data: {await look(number)}\n\n"
-                time.sleep(0.5)  # noqa: ASYNC251  # that is what is wrong
-
-        return stream(events())
-
-    return app_of(follow)
-
-
 def news_first(Session, changed):
     look = looks(Session)
 
@@ -1413,7 +1395,6 @@ ANSWERS = {
             (connection_for_each_page, "another-pool"),
             (known_statuses, "remembers-for-others"),
             (without_await, "asks-all-the-time"),
-            (sleeps_in_the_loop, "async-def-is-enough"),
             (news_first, "not-what-was-asked"),
             (never_not_found, "not-what-was-asked"),
             (task_that_nobody_ends, "fire-and-forget"),

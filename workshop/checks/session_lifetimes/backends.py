@@ -19,7 +19,7 @@ from ormscope.lab import Recording
 from workshop.checks.catalogue import Finding
 from workshop.checks.session_lifetimes.calls import Seen, pause
 
-_LOOK_SECONDS = 0.01
+_LOOK_SECONDS = 0.02
 _LIST = """
     SELECT pid, client_port, application_name AS name,
         coalesce(wait_event IN ('transactionid', 'tuple'), false) AS waits

@@ -39,13 +39,12 @@ class Tab:
 
     `events` are those that it has read, of each its data; a slow tab reads so many, `most_read`, and no more, and
     `is_blocked` then says that the application stands in a write to it. `status` is that of the answer, and `unread`
-    what came without an end. One that `leaves` is closed when it has read its first event.
+    what came without an end.
     """
 
-    def __init__(self, order: int, most_read: int | None = None, leaves: bool = False) -> None:
+    def __init__(self, order: int, most_read: int | None = None) -> None:
         self.order = order
         self.most_read = most_read
-        self.leaves = leaves
         self.status: int | None = None
         self.events: list[str] = []
         self.is_open = True
@@ -103,5 +102,3 @@ class Tab:
             self.is_blocked = True
             await asyncio.shield(self._closed)
         self.events.append(data)
-        if self.leaves:
-            self.close()

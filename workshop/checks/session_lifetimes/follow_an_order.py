@@ -42,7 +42,6 @@ from workshop.checks.session_lifetimes.calls import (
     unless_raised,
 )
 from workshop.checks.task import Task, Trials
-from workshop.checks.the_blocked_loop.pulse import Pulse
 from workshop.checks.unheard import is_learners
 from workshop.shop import Order
 
@@ -54,26 +53,22 @@ _LOOK_SECONDS = 0.01
 _MOST_QUESTIONS = 3  # of one page in the time of the looks, while nothing happens
 _SETTLE_SECONDS = 0.15
 _PHASE_SECONDS = 1.5  # for those who time out; all others have settled long before
-_LATE_SECONDS = 0.3
-_SECONDS_TO_LEAVE = 0.05  # for what a page has cancelled when it was closed
+_LATE_SECONDS = 1.0
+_SECONDS_TO_LEAVE = 0.05  # for what a page still does, or has cancelled when it was closed
 _MOST_SHOWN = 60
-_STANDS_STILL_SECONDS = 1.0
 
 
 @dataclass(kw_only=True)
 class Pages(Work, Seen):
     """What the pages showed; `done` is how many of the `openers` began with their order as it was.
 
-    `instead` tells what another did. `stood_still` is for how many seconds the event loop did, and `stands_at` where.
-    `idle_held` and `slow_held` is how often a page had a connection while it waited for news, or for a customer who
-    reads slowly, `reopened` how often a session began anew after it was closed, and `questions` the most that a page
-    asked the database while nothing happened. Of so many `quick` readers, `kept_up` saw each change; `late` is what
-    pages began with that were opened at the end. `strangers_status` is the answer for an order that does not exist,
-    and `raised_too_late` says whether a status was raised for it when another had gone out.
+    `instead` tells what another did. `idle_held` and `slow_held` is how often a page had a connection while it waited
+    for news, or for a customer who reads slowly, `reopened` how often a session began anew after it was closed, and
+    `questions` the most that a page asked the database while nothing happened. Of so many `quick` readers, `kept_up`
+    saw each change; `late` is what pages began with that were opened at the end. `strangers_status` is the answer for
+    an order that does not exist, and `raised_too_late` says whether a status was raised when another had gone out.
     """
 
-    stood_still: float
-    stands_at: str
     idle_held: int
     slow_held: int
     reopened: int
@@ -146,8 +141,7 @@ async def open_tabs(
         most_read = [None] * (tabs - len(_SLOW_TABS)) + [*_SLOW_TABS]
         pages = list(map(Tab, orders, most_read))
         # These are opened when the first pages have been closed, and their orders have changed since.
-        early, late = pages[:_LATE_TABS], [Tab(order, leaves=True) for order in orders[:_LATE_TABS]]
-        pulse = Pulse()
+        early, late = pages[:_LATE_TABS], [Tab(order) for order in orders[:_LATE_TABS]]
         async with evidence(conditions, engine) as noted:
             sessions = async_sessionmaker(
                 engine, sync_session_class=ReopeningSession, info={"found": found}
@@ -161,15 +155,13 @@ async def open_tabs(
                     await day
                 finally:
                     day.cancel()
-                for tab in (*late, stranger):
-                    asyncio.get_running_loop().call_later(_LATE_SECONDS, tab.close)
                 await asyncio.gather(
                     storm(visit_of_a_stranger, 1),
                     *(tab.visit(apps[0]) for tab in late),
+                    *(_close_in_time(tab, news) for tab in (*late, stranger)),
                     return_exceptions=True,
                 )
                 await pause(_SECONDS_TO_LEAVE)
-        pulse.close()
     await close_sessions(noted)
     await engine.dispose()
     async with engine.connect() as connection:
@@ -183,8 +175,6 @@ async def open_tabs(
         done=sum(page.events[:1] == ["new"] for page in openers),
         openers=len(openers),
         instead=next((_shown(page) for page in openers if page.events[:1] != ["new"]), ""),
-        stood_still=pulse.stood_still,
-        stands_at=pulse.stands_at,
         idle_held=found["idle"],
         slow_held=found["slow"],
         reopened=found["reopened"],
@@ -248,6 +238,17 @@ async def _let_orders_change(
             page.close()
 
 
+async def _close_in_time(tab: Tab, news: News) -> None:
+    """Close a tab whose page waits for news; one that does not, after a while."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _LATE_SECONDS
+    while tab.is_open and loop.time() < deadline:
+        if tab.events and news.is_awaited(tab.order):
+            deadline = min(deadline, loop.time() + _SECONDS_TO_LEAVE)
+        await pause(_LOOK_SECONDS)
+    tab.close()
+
+
 async def _settled(pages: Sequence[Tab], status: str, news: News) -> None:
     """Wait until each page that is open has nothing more to do, or has at least shown the status for a while."""
     loop = asyncio.get_running_loop()
@@ -273,15 +274,6 @@ def holds_while_it_waits(run: Recording, seen: Pages) -> Iterator[Finding]:
         yield Finding(
             "holds-while-they-read",
             "Pages whose customer read slowly had a connection checked out.",
-        )
-
-
-def blocks_the_loop(run: Recording, seen: Pages) -> Iterator[Finding]:
-    """Pages that let nobody else run."""
-    if seen.stood_still > _STANDS_STILL_SECONDS:
-        yield Finding(
-            "async-def-is-enough",
-            f"The event loop stood still in {seen.stands_at}, and all pages with it.",
         )
 
 
@@ -351,7 +343,6 @@ follow_an_order = Task(
         *ENGINES,
         another_pool,
         past_the_pool,
-        blocks_the_loop,
         holds_while_it_waits,
         one_session_many_tasks,
         one_at_a_time,
