@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -41,9 +42,12 @@ class Backends:
 
 
 @asynccontextmanager
-async def backends(engine: AsyncEngine) -> AsyncIterator[Backends]:
-    """Look at the server's list from here to the end of the block; the engine must not have connected yet."""
-    event.listen(engine.sync_engine, "do_connect", _mark)
+async def backends(engine: AsyncEngine, **settings: str) -> AsyncIterator[Backends]:
+    """Look at the server's list from here to the end of the block; the engine must not have connected yet.
+
+    `settings` are the server's, for the engine's connections.
+    """
+    event.listen(engine.sync_engine, "do_connect", partial(_mark, settings))
     noted = Backends()
     connection = await asyncpg.connect(_dsn(engine), **_settings())
     watching = asyncio.create_task(_watch(connection, noted), name="the check")
@@ -74,12 +78,18 @@ def _name() -> str:
     return f"exercise 06, {os.getpid()}"
 
 
-def _settings() -> dict[str, Any]:
-    return {"server_settings": {"application_name": _name()}}
+def _settings(**more: str) -> dict[str, Any]:
+    return {"server_settings": {"application_name": _name(), **more}}
 
 
-def _mark(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
-    parameters.update(_settings())
+def _mark(
+    settings: dict[str, str],
+    dialect: Any,
+    record: Any,
+    arguments: Any,
+    parameters: dict[str, Any],
+) -> None:
+    parameters.update(_settings(**settings))
 
 
 async def _watch(connection: asyncpg.Connection, noted: Backends) -> None:
