@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import gc
 from operator import attrgetter
 from zlib import crc32
 
-from sqlalchemy import func, select, update
+import asyncpg
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from answers import Answers
@@ -59,6 +61,93 @@ async def copied(Session, file, first, last):
     async with Session() as session:
         connection = await (await session.connection()).get_raw_connection()
         await connection.driver_connection.copy_from_query(query, output=file.buffer, format="csv")
+
+
+async def rows_by_a_cursor(Session, file, first, last):
+    query = "SELECT * FROM sales WHERE id BETWEEN $1 AND $2 ORDER BY id"
+    async with Session() as session:
+        raw = (await (await session.connection()).get_raw_connection()).driver_connection
+        async with raw.transaction():
+            async for row in raw.cursor(query, first, last, prefetch=1_000):
+                csv.writer(file).writerow(row.values())
+
+
+async def ranges_of_numbers(Session, file, first, last):
+    async with Session() as session:
+        for start in range(first, last + 1, 900):
+            sales = await session.scalars(sales_of(start, min(start + 899, last)))
+            csv.writer(file).writerows(map(as_line, sales))
+
+
+async def scalars_in_batches(Session, file, first, last):
+    async with Session() as session:
+        sales = await session.scalars(sales_of(first, last).execution_options(yield_per=1_000))
+        for batch in sales.partitions():
+            csv.writer(file).writerows(map(as_line, batch))
+
+
+async def streamed_in_one_piece(Session, file, first, last):
+    async with Session() as session:
+        async for sale in await session.stream_scalars(sales_of(first, last)):
+            csv.writer(file).writerow(as_line(sale))
+
+
+async def in_no_order(Session, file, first, last):
+    rows = columns_of(first, last).order_by(None).execution_options(yield_per=1_000)
+    async with Session() as session:
+        async for batch in (await session.stream(rows)).partitions():
+            csv.writer(file).writerows(batch)
+
+
+async def in_the_order_of_time(Session, file, first, last):
+    rows = columns_of(first, last).order_by(None).order_by(Sale.sold_at)
+    async with Session() as session:
+        async for batch in (await session.stream(rows)).partitions(1_000):
+            csv.writer(file).writerows(batch)
+
+
+async def pages_in_no_order(Session, file, first, last):
+    offset, rows = 0, columns_of(first, last).order_by(None).limit(2_000)
+    async with Session() as session:
+        while page := (await session.execute(rows.offset(offset))).all():
+            csv.writer(file).writerows(page)
+            offset += 2_000
+
+
+async def behind_the_first(Session, file, first, last):
+    rows, done = columns_of(first, last).limit(2_000), first
+    async with Session() as session:
+        while page := (await session.execute(rows.where(Sale.id > done))).all():
+            csv.writer(file).writerows(page)
+            done = page[-1].id
+
+
+async def to_the_end_of_the_page(Session, file, first, last):
+    async with Session() as session:
+        for start in range(first, last + 1, 1_000):
+            rows = await session.execute(columns_of(start, start + 999))
+            csv.writer(file).writerows(rows)
+
+
+async def full_pages_only(Session, file, first, last):
+    async with Session() as session:
+        while (
+            len(rows := (await session.execute(columns_of(first, last).limit(1_000))).all())
+            == 1_000
+        ):
+            csv.writer(file).writerows(rows)
+            first = rows[-1].id + 1
+
+
+async def closed_at_the_end(Session, file, first, last):
+    with file:
+        await columns_streamed(Session, file, first, last)
+
+
+async def never_close_the_reader(Session, file, first, last):
+    rows = await Session().stream(columns_of(first, last).execution_options(yield_per=1_000))
+    async for batch in rows.partitions():
+        csv.writer(file).writerows(batch)
 
 
 async def all_of_them(Session, file, first, last):
@@ -166,6 +255,63 @@ async def numbers_and_values(Session, kind):
             {"id": number, "status": "done", "rows_done": lines_of(number)} for number in numbers
         ]
         await session.execute(update(ExportJob), values)
+
+
+async def changed_apart_and_added(Session, kind):
+    while True:
+        async with Session() as session:
+            jobs = (await session.scalars(queued_of(kind).limit(200))).all()
+        if not jobs:
+            return
+        change(jobs)
+        async with Session.begin() as session:
+            session.add_all(jobs)
+
+
+async def changed_when_the_session_is_closed(Session, kind):
+    last = 0
+    while True:
+        async with Session() as session:
+            page = queued_of(kind).where(ExportJob.id > last).limit(400)
+            jobs = (await session.scalars(page)).all()
+        if not jobs:
+            return
+        change(jobs)
+        async with Session() as session:
+            await session.commit()
+        last = jobs[-1].id
+
+
+async def scalars_of_the_jobs_in_batches(Session, kind):
+    async with Session() as session:
+        for job in await session.scalars(queued_of(kind).execution_options(yield_per=400)):
+            change([job])
+        await session.commit()
+
+
+async def commit_each_job_of_a_stream(Session, kind):
+    async with Session() as session:
+        jobs = await session.stream_scalars(queued_of(kind).execution_options(yield_per=400))
+        async for job in jobs:
+            change([job])
+            await session.commit()
+
+
+async def finished_instead_of_done(Session, kind):
+    async with Session() as session:
+        while jobs := (await session.scalars(queued_of(kind).limit(400))).all():
+            change(jobs)
+            for job in jobs:
+                job.status = "finished"
+            await session.commit()
+
+
+async def numbered_instead_of_looked_up(Session, kind):
+    async with Session() as session:
+        while jobs := (await session.scalars(queued_of(kind).limit(400))).all():
+            for number, job in enumerate(jobs):
+                job.status, job.rows_done = "done", number
+            await session.commit()
 
 
 async def commit_at_the_end(Session, kind):
@@ -332,6 +478,112 @@ async def one_page_ahead(Session, first, last, deliver):
         batch = following
 
 
+how_far = {"done": 0}
+
+
+async def from_where_it_was(Session, first, last, deliver):
+    """A night that goes on where the last one ended."""
+    while batch := await page_behind(Session, orders_of(first, last), how_far["done"]):
+        await deliver(batch)
+        how_far["done"] = batch[-1].id
+
+
+async def note_in_the_database(Session, first, last, deliver):
+    orders = orders_of(first, last).where(Order.status != "delivered")
+    while batch := await page_behind(Session, orders, 0):
+        await deliver(batch)
+        async with Session.begin() as session:
+            delivered = update(Order).where(Order.id.in_([order.id for order in batch]))
+            await session.execute(delivered.values(status="delivered"))
+
+
+async def scalars_in_batches_of_orders(Session, first, last, deliver):
+    async with Session() as session:
+        wanted = orders_of(first, last).execution_options(yield_per=500)
+        found = await session.scalars(wanted)
+    for batch in found.partitions():
+        await deliver(batch)
+
+
+async def deliver_once_more(Session, first, last, deliver):
+    done = 0
+    while batch := await page_behind(Session, orders_of(first, last), done):
+        try:
+            await deliver(batch)
+        except ConnectionError:
+            await deliver(batch)
+        done = batch[-1].id
+
+
+async def all_batches_at_once(Session, first, last, deliver):
+    done, deliveries = 0, []
+    while batch := await page_behind(Session, orders_of(first, last), done):
+        deliveries.append(deliver(batch))
+        done = batch[-1].id
+    await asyncio.gather(*deliveries)
+
+
+async def orders_in_no_order(Session, first, last, deliver):
+    done, orders = 0, orders_of(first, last).order_by(None)
+    while batch := await page_behind(Session, orders, done):
+        await deliver(batch)
+        done = batch[-1].id
+
+
+async def without_the_last_household(Session, first, last, deliver):
+    await session_for_each_batch(Session, first, last - 1, deliver)
+
+
+async def only_what_is_new(Session, first, last, deliver):
+    done, orders = 0, orders_of(first, last).where(Order.status == "new")
+    while batch := await page_behind(Session, orders, done):
+        await deliver(batch)
+        done = batch[-1].id
+
+
+async def one_order_at_a_time(Session, first, last, deliver):
+    done = 0
+    while batch := await page_behind(Session, orders_of(first, last), done):
+        for order in batch:
+            await deliver([order])
+        done = batch[-1].id
+
+
+async def delete_what_was_delivered(Session, first, last, deliver):
+    while batch := await page_behind(Session, orders_of(first, last), 0):
+        await deliver(batch)
+        async with Session.begin() as session:
+            ours = delete(Order).where(Order.id.in_([order.id for order in batch]))
+            await session.execute(ours)
+
+
+async def behind_the_next(Session, first, last, deliver):
+    done = 0
+    while batch := await page_behind(Session, orders_of(first, last), done):
+        await deliver(batch)
+        done = batch[-1].id + 1
+
+
+async def by_the_driver_alone(Session, first, last, deliver):
+    url = Session.kw["bind"].url.set(drivername="postgresql")
+    connection = await asyncpg.connect(url.render_as_string(hide_password=False))
+    query = "SELECT id FROM orders WHERE household_id BETWEEN $1 AND $2 AND id > $3 ORDER BY id LIMIT 500"
+    done = 0
+    while batch := [row["id"] for row in await connection.fetch(query, first, last, done)]:
+        await deliver(batch)
+        done = batch[-1]
+    await connection.close()
+
+
+async def collect_for_each_batch(Session, first, last, deliver):
+    done = 0
+    while batch := await page_behind(Session, orders_of(first, last), done):
+        await deliver(batch)
+        done = batch[-1].id
+        del batch
+        gc.collect()
+
+
 async def with_yield_per(Session, first, last, deliver):
     async with Session() as session:
         wanted = orders_of(first, last).execution_options(yield_per=250)
@@ -445,6 +697,8 @@ ANSWERS = {
             columns_streamed,
             pages_by_key,
             copied,
+            rows_by_a_cursor,
+            ranges_of_numbers,
         ],
         wrong=[
             (all_of_them, "loads-everything"),
@@ -454,6 +708,16 @@ ANSWERS = {
             (first_thousand, "part-of-the-rows"),
             (five_columns, "another-file"),
             (commit_after_each_batch, "stream-without-its-transaction"),
+            (scalars_in_batches, "yield-per-without-a-stream"),
+            (streamed_in_one_piece, "stream-without-yield-per"),
+            (in_no_order, "no-order-by"),
+            (in_the_order_of_time, "no-order-by"),
+            (pages_in_no_order, "no-order-by"),
+            (behind_the_first, "leaves-out-an-end"),
+            (to_the_end_of_the_page, "another-file"),
+            (full_pages_only, "part-of-the-rows"),
+            (closed_at_the_end, "closes-what-it-was-lent"),
+            (never_close_the_reader, "leaves-it-checked-out"),
         ],
     ),
     "mark_the_jobs_done": Answers(
@@ -462,6 +726,7 @@ ANSWERS = {
             autoflush_each_page,
             flush_then_expunge,
             numbers_and_values,
+            changed_apart_and_added,
         ],
         wrong=[
             (commit_at_the_end, "one-flush-at-the-end"),
@@ -477,6 +742,11 @@ ANSWERS = {
             (one_statement_for_all, "one-value-for-all"),
             (commit_in_the_stream, "stream-without-its-transaction"),
             (never_close_the_session, "leaves-it-checked-out"),
+            (changed_when_the_session_is_closed, "changes-what-is-detached"),
+            (scalars_of_the_jobs_in_batches, "yield-per-without-a-stream"),
+            (commit_each_job_of_a_stream, "stream-without-its-transaction"),
+            (finished_instead_of_done, "not-what-was-asked"),
+            (numbered_instead_of_looked_up, "not-what-was-asked"),
         ],
     ),
     "hold_no_connection": Answers(
@@ -485,6 +755,8 @@ ANSWERS = {
             one_session_that_commits,
             numbers_first,
             one_page_ahead,
+            from_where_it_was,
+            note_in_the_database,
         ],
         wrong=[
             (with_yield_per, "holds-while-it-waits"),
@@ -500,6 +772,17 @@ ANSWERS = {
             (from_an_engine_of_its_own, "another-pool"),
             (from_a_larger_pool, "changes-the-pool"),
             (never_close_the_last, "leaves-it-checked-out"),
+            (scalars_in_batches_of_orders, "yield-per-without-a-stream"),
+            (deliver_once_more, "delivers-twice"),
+            (all_batches_at_once, "batches-at-once"),
+            (orders_in_no_order, "no-order-by"),
+            (without_the_last_household, "leaves-out-an-end"),
+            (only_what_is_new, "part-of-the-rows"),
+            (one_order_at_a_time, "small-batches"),
+            (by_the_driver_alone, "another-pool"),
+            (delete_what_was_delivered, "more-than-asked"),
+            (behind_the_next, "pages-shift"),
+            (collect_for_each_batch, "collects-garbage"),
         ],
     ),
 }

@@ -2,17 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_ss_cursor
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ormscope.lab import Recording
+from ormscope.places import is_user_code, place
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
 
 SAMPLED_SECONDS = 0.2
 """How long a load stands still after each call: memory is looked at every 20 ms, on a busy machine less often."""
-_MANY_COLLECTIONS = 20  # full ones; the collector itself comes to nine in a job of 100,000 objects
+_COLLECTIONS = 3  # that are really made for the learner's code; the rest are counted, for each takes 10 ms and more
+_PAGE = re.compile(r"\bOFFSET\b|\bid >=? .*\bLIMIT\b", re.DOTALL)
+_FEW_PAGES = 2
+_READ_AT_ONCE = "with a server-side cursor"  # of AsyncMethodRequired
+T = TypeVar("T")
+
+
+@dataclass
+class Reading:
+    """What is noted of how code reads: how many rows it had at once, at most, of a query or a stream in one piece.
+
+    `streams` is how many results it began to stream, `unordered` how often it asked for a page, by OFFSET or behind a
+    number, by one statement without ORDER BY, and `collected_at` where it first called the garbage collector.
+    """
+
+    queried: int = 0
+    streamed: int = 0
+    streams: int = 0
+    unordered: int = 0
+    collected_at: str = ""
+
+
+@dataclass(kw_only=True)
+class Read(Evidence, Reading):
+    """The evidence of code that reads many rows."""
+
+
+@contextmanager
+def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading]:
+    """Note how the learner's code reads by the engine that it is lent, to the end of the block."""
+    noted, calls, pages = Reading(), 0, Counter[str]()
+    collect = gc.collect
+    fetch_all: Callable[[Any], Any] = AsyncAdapt_asyncpg_ss_cursor.fetchall
+
+    def note_collection(generation: int = 2) -> int:
+        nonlocal calls
+        calls += 1
+        noted.collected_at = noted.collected_at or _learners_line(sys._getframe(1))
+        return collect(generation) if calls <= _COLLECTIONS else 0
+
+    def note_streamed(cursor: Any) -> Any:
+        rows = fetch_all(cursor)
+        noted.streamed = max(noted.streamed, len(rows))
+        return rows
+
+    def note_query(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT"):
+            noted.queried = max(noted.queried, cursor.rowcount)
+            noted.streams += cursor.rowcount < 0  # a server-side cursor does not know it yet
+        if _PAGE.search(statement) and "ORDER BY" not in statement:
+            pages[statement] += 1
+            noted.unordered = max(pages.values())
+
+    event.listen(engine.sync_engine, "after_cursor_execute", note_query)
+    # A server-side cursor that is read in one piece: SQLAlchemy has no event for it.
+    AsyncAdapt_asyncpg_ss_cursor.fetchall = note_streamed  # type: ignore[method-assign]
+    gc.collect = note_collection
+    names = answer.__globals__
+    names |= {name: note_collection for name, value in names.items() if value is collect}
+    try:
+        yield noted
+    finally:
+        event.remove(engine.sync_engine, "after_cursor_execute", note_query)
+        gc.collect = collect
+        AsyncAdapt_asyncpg_ss_cursor.fetchall = fetch_all  # type: ignore[method-assign]
+
+
+def _learners_line(frame: FrameType | None) -> str:
+    """The innermost line of the learner's code that led to a frame; of a thread that began elsewhere there is none."""
+    while frame is not None and not is_user_code(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "a thread" if frame is None else place((frame.f_code, frame.f_lineno)).short
+
+
+class LookedAt(Generic[T]):
+    """A coroutine that can be awaited like any other: `look` is called whenever it waits for something."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], look: Callable[[], None]) -> None:
+        self._coroutine = coroutine
+        self._look = look
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """Pass on what the coroutine waits for, and what comes of it."""
+        steps: Generator[Any, Any, T] = self._coroutine.__await__()
+        step: Callable[[], Any] = partial(next, steps)
+        while True:
+            try:
+                awaited = step()
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            self._look()
+            try:
+                step = partial(steps.send, (yield awaited))
+            except BaseException as error:
+                step = partial(steps.throw, error)
 
 
 @dataclass(frozen=True)
@@ -52,13 +159,32 @@ class MemoryBudget:
 
     def exceeded(self, run: Recording) -> Finding | None:
         """The first of the rules that is broken: all that can be known of a run that passed its limit."""
-        return next(chain(self.loads_everything(run, None), self.keeps_everything(run, None)), None)
+        rules = (yield_per_without_a_stream, self.loads_everything, self.keeps_everything)
+        return next(chain.from_iterable(rule(run, None) for rule in rules), None)
 
 
-def collects_garbage(run: Recording, seen: Evidence) -> Iterator[Finding]:
+def yield_per_without_a_stream(run: Recording, seen: Evidence | None) -> Iterator[Finding]:
+    """Batches were asked of `execute` or `scalars`, which read all rows at once, and then refuse."""
+    lines = (line for request in run.requests for line in request.error.splitlines())
+    if said := next((line.partition(": ")[2] for line in lines if _READ_AT_ONCE in line), None):
+        yield Finding(
+            "yield-per-without-a-stream", f"SQLAlchemy raised AsyncMethodRequired: {said}"
+        )
+
+
+def pages_without_order(run: Recording, seen: Read) -> Iterator[Finding]:
+    """Pages of rows that come in no order, so that one need not begin where another ends."""
+    if seen.unordered > _FEW_PAGES:
+        yield Finding(
+            "no-order-by",
+            f"Your code asked for {seen.unordered:,} pages (LIMIT) by a statement without ORDER BY.",
+        )
+
+
+def collects_garbage(run: Recording, seen: Read) -> Iterator[Finding]:
     """A call that costs much, and frees nothing that is referred to."""
-    if seen.collections > _MANY_COLLECTIONS:
-        yield Finding("collects-garbage", "Your code ran the garbage collector again and again.")
+    if seen.collected_at:
+        yield Finding("collects-garbage", f"{seen.collected_at}, called gc.collect().")
 
 
 def expunge_all_in_a_stream(run: Recording, seen: Evidence) -> Iterator[Finding]:

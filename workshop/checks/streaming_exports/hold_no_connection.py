@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import Insert, case, func, insert, select, update
 from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions, forget_orders, own_households
+from workshop.checks.memory import (
+    Read,
+    collects_garbage,
+    pages_without_order,
+    reading,
+    yield_per_without_a_stream,
+)
 from workshop.checks.rules import (
     another_pool,
     changes_the_pool,
@@ -21,31 +29,41 @@ from workshop.checks.rules import (
     expired_objects,
     leaves_it_checked_out,
 )
-from workshop.checks.streaming_exports.warehouse import BATCH, Warehouse
+from workshop.checks.streaming_exports.warehouse import BATCH, SMALL, Warehouse
 from workshop.checks.task import Task, Trials
 from workshop.shop import Order
 
+GAP = 700  # numbers of orders that are not the job's, in a row
+NEW = 600  # orders that are placed before the warehouse refuses
+
 
 @dataclass(kw_only=True)
-class Deliveries(Evidence):
+class Deliveries(Read):
     """What was delivered of so many `orders`.
 
-    `told` says whether a refusal of the warehouse was reported, `held` whether a connection was out during a
-    delivery. `largest` is the largest batch; `twice` is how many orders came again, `strange` how many nobody asked
-    for, `stale` how many had been cancelled two batches before; `missing` how many never came, and `between` how
-    many of these lie between others that did.
+    `told` says whether a refusal of the warehouse was reported, and `retried` how many orders were handed over again
+    after it. `held` says whether a connection was out during a delivery, `past_the_pool` how often there was one that
+    is not of the pool, and `at_once` how many deliveries were under way at once. `largest` is the largest batch;
+    `twice` is how many orders came again, `strange` how many nobody asked for, `deleted` how many rows the job has
+    deleted, `stale` how many orders had been cancelled two batches before; `missing` how many never came, `between`
+    how many of these lie between others that did, and `lack` what all of them have in common, in words.
     """
 
     told: bool
+    retried: int
     held: bool
+    past_the_pool: int
+    at_once: int
     orders: int
     delivered: int
     largest: int
     twice: int
     strange: int
+    deleted: int
     stale: int
     missing: int
     between: int
+    lack: str
 
 
 async def deliver_orders(
@@ -53,56 +71,79 @@ async def deliver_orders(
 ) -> Deliveries:
     """Let so many orders be delivered while the shop goes on."""
     engine, customers = conditions.engine(capacity), own_households()
-    ours, others = customers[:5_000], customers[5_000:]
-    number = func.generate_series(1, orders).column_valued()
-    made = insert(Order).from_select(["household_id"], select(ours[0] + number * 7 % 1_000))
+    ours, neighbours = customers[1:1_001], (customers[0], customers[1_001])
     async with engine.begin() as connection:
-        await connection.execute(made)
-        await connection.execute(insert(Order), [{"household_id": others[0]}] * 100)
-        placed = select(Order.id).where(Order.household_id.in_(ours)).order_by(Order.id)
-        wanted = list(await connection.scalars(placed))
+        await connection.execute(_place(ours, orders // 2))
+        await connection.execute(
+            insert(Order), [{"household_id": household} for household in neighbours] * (GAP // 2)
+        )
+        await connection.execute(_place(ours, orders - orders // 2))
+        # The rows of these move behind all others.
+        moved = update(Order).where(Order.household_id.in_(ours), Order.id % 3 == 0)
+        await connection.execute(moved.values(status=Order.status))
+        placed = select(Order.id, Order.household_id, Order.status).where(
+            Order.household_id.in_(ours)
+        )
+        wanted = {order.id: order for order in await connection.execute(placed.order_by(Order.id))}
     await engine.dispose()
-    warehouse, told = Warehouse(engine, wanted, ours[0]), False
-
-    async def refuse(batch: Any) -> None:
-        raise ConnectionError("the warehouse does not answer")
+    between = [number for number, order in wanted.items() if order.household_id in ours[1:-1]]
+    warehouse, told = Warehouse(engine, between, ours[0]), True
 
     async def job(number: int) -> None:
         await nightly(sessions, ours[0], ours[-1], warehouse.deliver)
 
     async def job_without_warehouse(number: int) -> None:
         nonlocal told
+        told = False
         try:
-            await nightly(sessions, ours[0], ours[-1], refuse)
+            await nightly(sessions, ours[0], ours[-1], warehouse.deliver)
         except Exception:  # whatever it makes of it, it says so
             told = True
 
-    async with evidence(conditions, engine) as noted:
-        sessions = async_sessionmaker(engine)
-        ends = await storm(job, 1)
-        await warehouse.close()
-        if ends["ok"]:
-            await storm(job_without_warehouse, 1)
+    with reading(nightly, engine) as noted_of_reading:
+        async with evidence(conditions, engine) as noted:
+            sessions = async_sessionmaker(engine)
+            ends = await storm(job, 1)
+            await warehouse.close()
+            if ends["ok"] and not cast(QueuePool, engine.pool).checkedout():
+                # Else a job that remembers how far it came would have nothing to be refused.
+                async with engine.begin() as connection:
+                    await connection.execute(_place(ours, NEW))
+                warehouse.refuses = True
+                await storm(job_without_warehouse, 1)
     await warehouse.close()
     await engine.dispose()
     async with engine.connect() as connection:
-        known = {*wanted, *await connection.scalars(placed)}
+        still_there = {*await connection.scalars(placed)}
         await forget_orders(connection, customers)
     delivered = Counter(number for batch in warehouse.batches for number in batch)
     missing = [
         number for number in wanted if number not in delivered and number not in warehouse.cancelled
     ]
+    refused = Counter(number for batch in warehouse.refused for number in batch)
     return Deliveries(
         **vars(noted),
+        **vars(noted_of_reading),
         told=told,
+        retried=sum(count > 1 for count in refused.values()),
         held=warehouse.held,
+        past_the_pool=warehouse.past_the_pool,
+        at_once=warehouse.at_once,
         orders=len(wanted),
         delivered=len(delivered),
         largest=max(map(len, warehouse.batches), default=0),
         twice=sum(count > 1 for count in delivered.values()),
-        strange=len({*delivered} - known),
+        strange=len({*delivered} - {*wanted} - warehouse.placed),
+        deleted=len(
+            {*wanted, *warehouse.placed} - still_there - warehouse.archived - {*warehouse.cancelled}
+        ),
         missing=len(missing),
         between=sum(min(delivered) < number < max(delivered) for number in missing if delivered),
+        lack=_in_common(
+            [wanted[number] for number in missing],
+            [wanted[number] for number in delivered if number in wanted],
+            ours,
+        ),
         stale=sum(
             batches >= warehouse.cancelled[number] + 2
             for batches, batch in enumerate(warehouse.batches, 1)
@@ -112,32 +153,83 @@ async def deliver_orders(
     )
 
 
+def _place(households: range, orders: int) -> Insert:
+    """Place so many orders, of these households in turn."""
+    number = func.generate_series(1, orders).column_valued()
+    status = case((number % 9 == 0, "paid"), else_="new")
+    of_each = select(households[0] + number * 7 % len(households), status)
+    return insert(Order).from_select(["household_id", "status"], of_each)
+
+
+def _in_common(missing: list[Any], delivered: list[Any], households: range) -> str:
+    """What tells the orders that never came from those that did."""
+    apart = {order.household_id for order in missing} - {order.household_id for order in delivered}
+    for household, name in ((households[0], "first"), (households[-1], "last")):
+        if apart == {household}:
+            return name
+    statuses = {order.status for order in missing} - {order.status for order in delivered}
+    return f"status {missing[0].status!r}" if delivered and len(statuses) == 1 else ""
+
+
 def holds_while_it_waits(run: Recording, seen: Deliveries) -> Iterator[Finding]:
     """A connection that waits for somebody else's API."""
+    if seen.past_the_pool > 1:
+        yield Finding(
+            "another-pool",
+            "While deliver ran, your process had a connection to the server that is not of the shop's pool.",
+        )
+    if seen.at_once > 1:
+        yield Finding(
+            "batches-at-once",
+            f"deliver was called while it was at work: {seen.at_once} batches were under way at once.",
+        )
     if seen.held:
         yield Finding(
             "holds-while-it-waits", "While deliver ran, your job had a connection checked out."
         )
 
 
-def demands(run: Recording, seen: Deliveries) -> Iterator[Finding]:
-    """Each order that nobody cancelled is delivered once, in small batches, and a refusal is told."""
+def delivers_what_it_must_not(run: Recording, seen: Deliveries) -> Iterator[Finding]:
+    """What is known also of a job that has not ended."""
     if seen.largest > BATCH:
         yield Finding("larger-batches", f"A batch had {seen.largest:,} orders.")
-    if seen.twice:
-        yield Finding("delivers-twice", "Some orders were delivered a second time.")
     if seen.strange:
-        yield Finding("more-than-asked", "Orders of other households were delivered as well.")
+        yield Finding(
+            "more-than-asked",
+            f"deliver was handed {seen.strange:,} numbers that no order of these households has.",
+        )
+    if seen.twice:
+        yield from pages_without_order(run, seen)
+    if seen.twice:
+        yield Finding(
+            "delivers-twice", f"{seen.twice:,} of {seen.delivered:,} orders were delivered again."
+        )
+    if not seen.ended and 0 < seen.largest < SMALL:
+        yield Finding(
+            "small-batches",
+            f"When the time was over, {seen.delivered:,} of {seen.orders:,} orders had been delivered,"
+            f" at most {seen.largest} in a batch.",
+        )
+
+
+def demands(run: Recording, seen: Deliveries) -> Iterator[Finding]:
+    """Each order that nobody cancelled is delivered once, in small batches, and a refusal is told."""
+    if seen.deleted:
+        yield Finding("more-than-asked", f"Your code deleted {seen.deleted:,} orders.")
     if seen.stale:
         yield Finding(
             "read-too-early",
             "Some orders were delivered although they had been cancelled two batches before.",
         )
+    if seen.missing:
+        yield from pages_without_order(run, seen)
+    never = f"Of {seen.orders:,} orders, {seen.missing:,} were never delivered"
+    if seen.lack in ("first", "last"):
+        yield Finding("leaves-out-an-end", f"{never}: all those of the {seen.lack} household.")
+    if seen.lack:
+        yield Finding("part-of-the-rows", f"{never}, and all of these have {seen.lack}.")
     if seen.between:
-        yield Finding(
-            "pages-shift",
-            "Some orders were never delivered, and others on either side of them were.",
-        )
+        yield Finding("pages-shift", f"{never}, and others on either side of them were.")
     if seen.missing:
         yield Finding(
             "part-of-the-rows",
@@ -147,6 +239,12 @@ def demands(run: Recording, seen: Deliveries) -> Iterator[Finding]:
         yield Finding(
             "swallows-the-refusal", "deliver raised ConnectionError, and your job raised nothing."
         )
+    if seen.retried:
+        yield Finding(
+            "delivers-twice",
+            f"After deliver had raised, {seen.retried} of the same orders were handed over again.",
+        )
+    yield from pages_without_order(run, seen)
 
 
 def prove(trials: Trials[Deliveries]) -> str:
@@ -163,13 +261,16 @@ hold_no_connection = Task(
     "hold_no_connection",
     "nightly",
     load=deliver_orders,
-    trials=({"orders": 5_000, "capacity": 1}, {"orders": 2_300, "capacity": 3}),
+    trials=({"orders": 4_900, "capacity": 1}, {"orders": 2_300, "capacity": 3}),
     rules=(
         changes_the_pool,
         another_pool,
+        collects_garbage,
+        yield_per_without_a_stream,
         cursor_without_transaction,
         expired_objects,
         holds_while_it_waits,
+        delivers_what_it_must_not,
     ),
     demands=(
         demands,

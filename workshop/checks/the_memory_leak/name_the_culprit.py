@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, get_args
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from ormscope import SessionCensus
-from ormscope.census import Kind
+from ormscope.census import Keeper, Kind
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
+from workshop.checks.returned import another_answer
 from workshop.checks.task import Task, Trials
 from workshop.checks.the_memory_leak.situations import KEEPERS, NOTHING_ALIVE
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # How many objects the culprit keeps, and each of the others: two of these together are more.
 MOST, FEWER = range(70, 100), range(50, 65)
+_SHOWN = 200  # characters of what it said
 
 
 @dataclass(kw_only=True)
@@ -32,7 +34,8 @@ class Question:
     """One census, and what the alarm `said` about it: a word, a number, None, or the class of what it returned.
 
     The census had objects of `classes` in so many `sessions`, `kept_by` these, the first of which kept most:
-    `largest` says how many of what. `wanted` is the right answer.
+    `largest` says how many of what, and `report` is what the census prints. `wanted` is the right answer, and
+    `difference` says what was returned in its place.
     """
 
     kept_by: Sequence[str]
@@ -41,6 +44,8 @@ class Question:
     classes: list[str]
     sessions: int
     largest: str
+    report: str
+    difference: str = ""
 
     @property
     def is_wrong(self) -> bool:
@@ -53,11 +58,15 @@ class Question:
         said = self.said
         return f"an object of the class {said.__name__}" if isinstance(said, type) else repr(said)
 
+    @property
+    def situation(self) -> str:
+        """What the census had found, in words."""
+        if self.wanted is None:
+            return "No object was alive"
+        return f"The most objects, {self.largest}, were kept by {self.wanted!r}"
+
     def __str__(self) -> str:
-        alive = "No object was alive"
-        if self.wanted is not None:
-            alive = f"The most objects, {self.largest}, were kept by {self.wanted!r}"
-        return f"{alive}, and your function said {self.answer}."
+        return f"{self.situation}, and your function returned {self.answer}."
 
 
 @dataclass(kw_only=True)
@@ -83,7 +92,6 @@ async def ask_about_situations(
     """Make the situations, each of whose first keeper keeps most, and ask the alarm about a census of each."""
     engine, chance = conditions.engine(capacity=5), random.Random(seed)
     censuses: list[SessionCensus] = []
-    answers: dict[int, Any] = {}
     gc.disable()  # it would undo the cycles
     for names in situations:
         async with AsyncExitStack() as kept:
@@ -95,59 +103,82 @@ async def ask_about_situations(
         gc.collect()
     gc.enable()
 
-    async def ask(number: int) -> None:
-        answers[number] = culprit(censuses[number])
-
-    async with evidence(conditions, engine) as noted:
-        await storm(ask, len(censuses))
-    await engine.dispose()
+    # Before the alarm has them in its hands.
     asked = [
         Question(
             kept_by=names,
             wanted=None if names[0] in NOTHING_ALIVE else names[0],
-            said=_plain(answers[number]),
+            said=None,
             classes=sorted(census.alive),
             sessions=census.sessions,
             largest="".join(f"{keeper.count} {keeper.name}" for keeper in census.keepers[:1]),
+            report=str(census),
         )
-        for number, (names, census) in enumerate(zip(situations, censuses, strict=True))
-        if number in answers
+        for names, census in zip(situations, censuses, strict=True)
     ]
-    return Alarm(**vars(noted), asked=asked)
+    answered: set[int] = set()
+
+    async def ask(number: int) -> None:
+        returned, question = culprit(censuses[number]), asked[number]
+        question.said = _plain(returned)
+        question.difference = another_answer("culprit(census)", returned, question.wanted).evidence
+        answered.add(number)
+
+    async with evidence(conditions, engine) as noted:
+        await storm(ask, len(censuses))
+    await engine.dispose()
+    return Alarm(**vars(noted), asked=[asked[number] for number in sorted(answered)])
 
 
 def _plain(said: Any) -> Any:
     """An answer as it can be sent and shown: itself where it is a word, a number or None, else its class."""
     if isinstance(said, str):
-        return str(said)
+        return str(said)[:_SHOWN]
     return said if said is None or type(said) is int else type(said)
 
 
 def names_somebody_else(run: Recording, seen: Alarm) -> Iterator[Finding]:
     """Anything but the kind of the largest keeper, or None where nothing is alive."""
-    if (
-        seen.wrong
-        and len(seen.asked) == run.announced
-        and len({question.said for question in seen.asked}) == 1
-    ):
+    if not seen.wrong or len(seen.asked) < run.announced:
+        return
+    first, said = seen.wrong[0], {question.said for question in seen.asked}
+    alive = [question for question in seen.wrong if question.wanted is not None]
+    if alive and all(question.said in question.classes for question in alive):
+        yield Finding("blames-the-class", str(first))
+    if len(said - {None}) == 1 and isinstance(first.said, str) and first.wanted is not None:
+        same = [question for question in seen.asked if question.said is not None]
         yield Finding(
             "one-culprit-for-all",
-            f"Your function said {seen.wrong[0].answer} in all {len(seen.asked)} situations.",
+            f"Your function returned {first.answer} in {len(same)} of {len(seen.asked)} situations,"
+            " and None in the others."
+            if None in said
+            else f"Your function returned {first.answer} in all {len(same)} situations.",
         )
     spoke = any(question.said is not None for question in seen.wrong)
     if spoke and all(map(_counts_sessions, seen.wrong)):
-        first = seen.wrong[0]
         yield Finding("counts-sessions", f"{first} census.sessions was {first.sessions}.")
-    if seen.wrong and seen.wrong[0].wanted is None:
-        yield Finding("always-a-culprit", str(seen.wrong[0]))
-    alive = [question for question in seen.wrong if question.wanted is not None]
-    if alive and all(question.said in question.classes for question in alive):
-        yield Finding("blames-the-class", str(alive[0]))
-    kinds = (None, *get_args(Kind))
-    if any(question.said not in kinds for question in seen.wrong):
-        yield Finding("not-a-kind", str(seen.wrong[0]))
-    if seen.wrong:
-        yield Finding("not-the-largest", str(seen.wrong[0]))
+    if not alive and first.said in get_args(Kind):
+        yield Finding("always-a-culprit", str(first))
+    if alive and all(map(_reports, alive)):
+        yield Finding("not-a-kind", str(first))
+    if alive and all(map(_names_another, alive)):
+        yield Finding("not-the-largest", str(first))
+    if first.said is None:  # a return may be missing, or return None
+        yield Finding("not-what-was-asked", f"{first} Asked for was {first.wanted!r}.")
+    yield Finding("not-what-was-asked", f"{first.situation}. {first.difference}")
+
+
+def _names_another(question: Question) -> bool:
+    """Whether somebody is named who did keep objects, and not the most."""
+    return question.said in question.kept_by[1:]
+
+
+def _reports(question: Question) -> bool:
+    """Whether the alarm returned the report, or a part of it, or the keeper itself; a part may be empty."""
+    said = question.said
+    if isinstance(said, str):
+        return not said or (" " in said and said in question.report)
+    return said in (Keeper, SessionCensus)
 
 
 def _counts_sessions(question: Question) -> bool:
