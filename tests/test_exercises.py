@@ -169,7 +169,7 @@ def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
 @pytest.mark.parametrize(
     "returned, expected, words",
     [
-        (None, {1: 2}, "None: a `return` is missing. Asked for was {1: 2} (dict)."),
+        (None, {1: 2}, "None, as a function does without a `return`. Asked for was {1: 2} (dict)."),
         ([(1, 2)], {1: 2}, "[(1, 2)] (list). Asked for was {1: 2} (dict)."),
         ({1: 2, 3: 4}, {1: 2}, "a key that was not asked for: 3 (int)."),
         ({}, {1: 2}, "0 of 1 keys: 1 (int) is missing."),

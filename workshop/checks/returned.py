@@ -36,7 +36,7 @@ def another_answer(call: str, returned: Any, expected: Any) -> Finding:
 
 def _difference(returned: Any, expected: Any) -> str:
     if returned is None:
-        return f"None: a `return` is missing. Asked for was {_told(expected)}."
+        return f"None, as a function does without a `return`. Asked for was {_told(expected)}."
     if inspect.isawaitable(returned):
         return (
             f"a {type(returned).__name__}: an `await` is missing. Asked for was {_told(expected)}."

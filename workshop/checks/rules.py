@@ -233,7 +233,7 @@ def cursor_without_transaction(run: Recording, seen: Evidence) -> Iterator[Findi
     if any(_ENDED_CURSOR in request.error for request in run.requests):
         yield Finding(
             "stream-without-its-transaction",
-            "The next batch raised NoActiveSQLTransactionError: its cursor had ended with its transaction.",
+            "The next batch raised NoActiveSQLTransactionError: a cursor needs a transaction that is open.",
         )
 
 
@@ -242,7 +242,7 @@ def expired_objects(run: Recording, seen: Evidence) -> Iterator[Finding]:
     raised = {request.outcome.rpartition(".")[2] for request in run.requests}
     name = next((name for name in _READ_TOO_LATE if name in raised), None)
     if name is not None:
-        yield Finding("expired-objects", f"Reading an attribute of an order raised {name}.")
+        yield Finding("expired-objects", f"Reading an attribute of an object raised {name}.")
 
 
 def sync_engine_in_async_code(run: Recording, seen: Evidence) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import re
 import sys
+import traceback
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -59,8 +60,10 @@ def listening() -> Iterator[Unheard]:
 
     def handle(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        # A wait in vain for a connection is told by the pool.
-        if error is not None and not unheard.raised and not isinstance(error, PoolTimeoutError):
+        # A wait in vain for a connection is told by the pool; a driver may complain of its own task.
+        if error is None or unheard.raised or isinstance(error, PoolTimeoutError):
+            return
+        if any(is_learners(frame.filename) for frame in traceback.extract_tb(error.__traceback__)):
             unheard.raised = "\n".join(users_traceback(error))
 
     with warnings.catch_warnings():

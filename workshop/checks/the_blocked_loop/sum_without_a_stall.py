@@ -217,7 +217,7 @@ def keeps_the_loop(run: Recording, seen: Sums) -> Iterator[Finding]:
     stall = "Your code kept the loop, in one go, for more than a quarter of the time that the given code does"
     if asked.collected:
         yield Finding(
-            "yield-per-without-stream",
+            "yield-per-without-a-stream",
             f"{stall}. It asked for yield_per={asked.largest}, and did not stream.",
         )
     if asked.largest is not None and asked.largest > many:
@@ -241,7 +241,7 @@ def pages_in_no_order(run: Recording, seen: Sums) -> Iterator[Finding]:
     """Pages that only happen to fit together."""
     if seen.asked.in_no_order > 1:
         yield Finding(
-            "pages-in-no-order",
+            "no-order-by",
             "Your code asked for one page after another (LIMIT), and for no order (ORDER BY).",
         )
 
