@@ -122,6 +122,16 @@ def test_code_that_raises(task: Task[Any], answers: Answers, module: Any) -> Non
     assert "workshop" not in outcome.text
 
 
+def test_the_frames_of_a_driver_are_not_shown() -> None:
+    """The learner's line, and what the database said."""
+    line = "OrderLine(order_id=-1, sku=sku, quantity=1, unit_price=1)"
+    source = f"async with Session.begin() as session:\n        session.add({line})"
+    outcome = TASK.check(written(source, MODULE, TASK))
+    assert outcome.kind == "raised"
+    assert "in place_order" in outcome.text and "ForeignKeyViolationError" in outcome.text
+    assert "packages" not in outcome.text and "The above exception" not in outcome.text
+
+
 @each_task
 def test_code_that_never_ends(
     task: Task[Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -32,7 +33,10 @@ _FUSE_SECONDS = 2.0  # more, for what blocks the event loop, so that the load ca
 _MOST_LINES_SHOWN = 12
 _MOST_PLACES = 3  # of those where a load stood
 _WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
-_CHECKS = os.path.dirname(__file__)
+_NOT_OWN = re.compile(
+    rf"{re.escape(os.path.dirname(__file__))}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/"
+)
+_CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]
 Trials = Sequence[tuple[Recording, Noted]]
@@ -279,14 +283,18 @@ def _told(error: BaseException) -> str:
 
 
 def _own(report: str) -> str:
-    """A traceback without the frames of the checks, shortened where it is long."""
+    """The last exception of a traceback, without frames of the checks or of libraries, shortened where it is long."""
     lines: list[str] = []
     skipping = False
     for line in report.splitlines():
+        if line.startswith(_CHAINED):
+            lines.clear()
+            continue
         is_frame = line.lstrip().startswith("File ")
-        skipping = _CHECKS in line if is_frame else skipping and line.startswith("    ")
+        skipping = bool(_NOT_OWN.search(line)) if is_frame else skipping and line.startswith("    ")
         if not skipping:
             lines.append(line)
+    lines = "\n".join(lines).strip().splitlines()
     if len(lines) > _MOST_LINES_SHOWN:
         lines = [*lines[: _MOST_LINES_SHOWN // 2], "  ...", *lines[-_MOST_LINES_SHOWN // 2 :]]
     return "\n".join(lines)
