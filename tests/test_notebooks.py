@@ -29,6 +29,7 @@ from jupyter_client.manager import KernelManager
 from leftovers import assert_nothing_is_left, await_that, runs_of
 from matplotlib.figure import Figure
 from nbformat import NotebookNode
+from sanitizing import masked
 
 from ormscope.lab.picture import Picture, stored_picture
 from workshop import notebooks
@@ -254,7 +255,7 @@ def comparable(cell: NotebookNode) -> dict[str, Any]:
     """The outputs of a cell as far as every run must repeat them."""
     data = [output.data for output in cell.outputs if "data" in output]
     return {
-        "printed": notebooks.texts(cell),
+        "printed": masked(notebooks.texts(cell)),
         "results": [bundle.get("text/plain") for bundle in data],
         "pictures": [stored_picture(bundle.get("text/html", "")) is not None for bundle in data],
         "errors": [
@@ -322,10 +323,8 @@ def test_run_saves_and_reports(checkout: Path) -> None:
     ]
     for cell in cells:
         if "verdict" in tags(cell):
-            assert (
-                "".join(f"    {line}\n" for line in notebooks.texts(cell).splitlines())
-                in done.stdout
-            )
+            lines = masked(notebooks.texts(cell)).splitlines()
+            assert "".join(f"    {line}\n" for line in lines) in masked(done.stdout)
     executed = nbformat.read(checkout / "executed" / LESSONS[0].name, as_version=4)
     assert list(map(comparable, code_cells(executed))) == list(map(comparable, cells))
     saved = [path.read_bytes() for path in sorted((checkout / "executed").glob("00_*.png"))]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from bs4 import BeautifulSoup
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from nbconvert import HTMLExporter
-from nbval.plugin import get_sanitize_patterns
+from sanitizing import masked
 
 from ormscope.lab import Recording
 from ormscope.lab.memory import MemorySample
@@ -142,19 +140,6 @@ def test_the_alternative_arrives_in_nbconverts_html(picture: Picture) -> None:
 
 
 def test_nbval_masks_pictures_and_measured_numbers_and_nothing_else(picture: Picture) -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    (option,) = [
-        option
-        for option in settings["tool"]["pytest"]["ini_options"]["addopts"]
-        if option.startswith("--nbval-sanitize-with=")
-    ]
-    rules = get_sanitize_patterns((ROOT / option.partition("=")[2]).read_text("utf-8"))
-
-    def masked(text: str) -> str:
-        for pattern, mask in rules:
-            text = re.sub(pattern, mask, text)
-        return text
-
     assert masked(f"a {picture.html(90)} b") == "a <img> b"
     assert masked("≈ 1,952 of 2,000, after ≈ 0.57 s. 3 of 4") == "≈ # of 2,000, after ≈ # s. 3 of 4"
     text = 'pool: 20 of 20 <img alt="x" src="x.png">, about 3 ≈ x'
