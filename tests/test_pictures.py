@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -37,7 +36,6 @@ from ormscope.places import Place
 from ormscope.verdict import Holding, Verdict, Waiting
 from workshop import pictures
 
-ROOT = Path(__file__).parents[1]
 LEAST_CONTRAST = 4.5  # of a text, WCAG 2.2, level AA
 COLORS = [CHECKED_OUT, WAITING, CAPACITY, COMPLETED, FAILED, LOOP_LAG, MEMORY, OBJECTS]
 
