@@ -213,7 +213,7 @@ def _wrong_wait(wrong: list[Look]) -> Iterator[Finding]:
     first = wrong[0]
     told = {look.moment: look.told["oldest_wait"] for look in wrong if look.told is not None}
     in_line = [look for look in wrong if look.waiting]
-    if in_line and all(_is_about(told[look.moment], 1_000 * look.oldest[0]) for look in in_line):
+    if in_line and all(_is_in_milliseconds(told[look.moment], look) for look in in_line):
         yield Finding(
             "not-what-was-asked",
             f"The oldest wait {in_line[0].when} was a thousand times what it should be: seconds were asked for.",
@@ -244,8 +244,10 @@ def _wrong_wait(wrong: list[Look]) -> Iterator[Finding]:
     )
 
 
-def _is_about(seconds: float, expected: float) -> bool:
-    return abs(seconds - expected) < max(expected, TOLERANCE) / 2
+def _is_in_milliseconds(told: float, look: Look) -> bool:
+    """Whether a wait would be true if it were meant in milliseconds."""
+    least, most = look.oldest
+    return least - TOLERANCE <= told / 1_000 <= most + TOLERANCE
 
 
 def _is_past(seconds: float, look: Look) -> bool:
