@@ -138,37 +138,41 @@ def lock_environment(alone=False):
 
     Raises Trouble where it is asked for alone and a lab runs from it.
     """
-    if os.name == "nt":  # where a folder cannot be moved while something in it is used
-        return
-    import fcntl
-
-    stamp = os.open(str(INSTALLED), os.O_RDONLY)
-    os.set_inheritable(stamp, True)  # what this process becomes keeps it
-    try:
-        fcntl.flock(stamp, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Trouble("a lab is running from .venv; close it and start again") from None
-    except OSError:  # a network drive that knows no locks
-        return
+    stamp = lock(INSTALLED, alone, "a lab is running from .venv; close it and start again")
+    if stamp is not None:
+        os.set_inheritable(stamp, True)  # what this process becomes keeps it
 
 
 @contextlib.contextmanager
 def only_one():
     """Let no other start set up .venv meanwhile; raises Trouble where one does already."""
-    with contextlib.ExitStack() as end:
-        if os.name != "nt" and LOCK.exists():  # Windows does not let two make one folder
-            import fcntl
-
-            lock = end.enter_context(LOCK.open("rb"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Trouble(
-                    "another start is setting up .venv; wait for it, then start again"
-                ) from None
-            except OSError:  # a network drive that knows no locks
-                pass
+    taken = None
+    if LOCK.exists():
+        taken = lock(LOCK, True, "another start is setting up .venv; wait for it, then start again")
+    try:
         yield
+    finally:
+        if taken is not None:
+            os.close(taken)
+
+
+def lock(path, alone, trouble):
+    """Share a file with others, or have it alone, until what is returned is closed; Trouble where that cannot be.
+
+    None on Windows, where a folder cannot be moved while something in it is used.
+    """
+    if os.name == "nt":
+        return None
+    import fcntl
+
+    file = os.open(str(path), os.O_RDONLY)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Trouble(trouble) from None
+    except OSError:  # a network drive that knows no locks
+        pass
+    return file
 
 
 def install():

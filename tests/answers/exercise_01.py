@@ -375,6 +375,13 @@ async def price_beside_it(Session, number, sku):
         await session.commit()
 
 
+async def flush_and_leave(Session, number, sku):
+    price = await price_of(Session, sku)
+    async with Session() as session:
+        session.add(Order(household_id=number, lines=[OrderLine(sku=sku, unit_price=price)]))
+        await session.flush()
+
+
 async def commit_not_awaited(Session, number, sku):
     price = await price_of(Session, sku)
     async with Session() as session:
@@ -542,6 +549,7 @@ ANSWERS = {
             (the_price_of_bananas, "guesses-the-price"),
             (never_close, "leaves-it-checked-out"),
             (price_beside_it, "one-session-many-tasks"),
+            (flush_and_leave, "forgets-to-commit"),
             (commit_not_awaited, "never-awaited"),
             (price_not_awaited, "never-awaited"),
         ],

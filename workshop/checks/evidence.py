@@ -9,8 +9,8 @@ import re
 import time
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -96,8 +96,9 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
     noted = Evidence(lent=len(engines))
     pools = [engine.pool for engine in engines]
     scopes = [PoolScope(engine) for engine in engines]
+    end = ExitStack()
     for engine in engines:
-        _note_transactions(engine, noted)
+        end.enter_context(_transactions(engine, noted))
     before = [_settings(engine) for engine in engines]
 
     def count(phase: str, info: dict[str, int]) -> None:
@@ -123,12 +124,14 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=_SECONDS_TO_LEAVE)
+        end.close()
         for scope in scopes:
             scope.close()
 
 
-def _note_transactions(engine: AsyncEngine | Engine, noted: Evidence) -> None:
-    """Count how the transactions end that have written something."""
+@contextmanager
+def _transactions(engine: AsyncEngine | Engine, noted: Evidence) -> Iterator[None]:
+    """Count how the transactions end that have written something; those of the check itself come later."""
     # Weakly: else whoever looks for the users of a connection would find this, and the engine's listeners above it.
     have_written: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -145,9 +148,18 @@ def _note_transactions(engine: AsyncEngine | Engine, noted: Evidence) -> None:
         have_written.discard(connection)
 
     target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-    event.listen(target, "before_cursor_execute", statement)
-    event.listen(target, "commit", commit)
-    event.listen(target, "rollback", rollback)
+    listeners: dict[str, Callable[..., None]] = {
+        "before_cursor_execute": statement,
+        "commit": commit,
+        "rollback": rollback,
+    }
+    for name, listener in listeners.items():
+        event.listen(target, name, listener)
+    try:
+        yield
+    finally:
+        for name, listener in listeners.items():
+            event.remove(target, name, listener)
 
 
 def _is_out_of_work(task: asyncio.Task[Any]) -> bool:

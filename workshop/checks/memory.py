@@ -19,9 +19,10 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_ss_cursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ormscope.lab import Recording
-from ormscope.places import is_user_code, place
+from ormscope.places import place
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
+from workshop.checks.unheard import is_learners
 
 SAMPLED_SECONDS = 0.2
 """How long a load stands still after each call: memory is looked at every 20 ms, on a busy machine less often."""
@@ -94,7 +95,7 @@ def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading
 
 def _learners_line(frame: FrameType | None) -> str:
     """The innermost line of the learner's code that led to a frame; of a thread that began elsewhere there is none."""
-    while frame is not None and not is_user_code(frame.f_code.co_filename):
+    while frame is not None and not is_learners(frame.f_code.co_filename):
         frame = frame.f_back
     return "a thread" if frame is None else place((frame.f_code, frame.f_lineno)).short
 

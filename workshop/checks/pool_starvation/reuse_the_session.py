@@ -15,7 +15,7 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions, connections, forget_orders, own_households
 from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
-from workshop.checks.rules import ENGINES
+from workshop.checks.rules import ENGINES, forgets_to_commit
 from workshop.checks.task import Task, Trials
 from workshop.shop import Order, OrderLine, Product
 
@@ -148,7 +148,7 @@ reuse_the_session = Task(
         {"orders": 20, "capacity": 1, "sku": 1029743},
     ),
     rules=(*ENGINES, *ONE_AT_A_TIME),
-    demands=(demands, needless_door),
+    demands=(forgets_to_commit, demands, needless_door),
     proof=prove,
     hints=(
         "Count the connections that one order has at the line where price_of runs. Which of them could it do without?",
