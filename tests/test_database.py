@@ -558,9 +558,9 @@ def test_ended_watchdog_cleans_up_and_the_process_is_told(
     monkeypatch.setattr(database, "_databases", {1: ours.database})
     assert database_url() == ours.url
     for signum in (signal.SIGINT, signal.SIGHUP):
-        ours._watchdog.send_signal(signum)
+        ours._watchdog.process.send_signal(signum)
     assert database_url() == ours.url
-    ours._watchdog.terminate()
+    ours._watchdog.process.terminate()
     expect_nothing_left(sandbox, time.monotonic())
     with pytest.raises(Mistake, match=r"has stopped\. Restart the kernel"):
         database_url()

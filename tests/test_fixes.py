@@ -38,7 +38,7 @@ from sqlalchemy.util.queue import Full
 from ormscope import PoolScope, Verdict, proof
 from ormscope.verdict import Cause
 from workshop.database import Server
-from workshop.prometheus import free_port
+from workshop.keeper import free_port
 
 Work = Callable[[], Any]
 HELD: Cause = "held across a foreign await"

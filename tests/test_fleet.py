@@ -26,7 +26,8 @@ from ormscope import LoopScope, PoolScope, verdict
 from ormscope.console_view import _COLOURS, _OTHER
 from ormscope.metrics import ALERTS, DASHBOARD, PoolCollector
 from workshop.database import Server
-from workshop.prometheus import Prometheus, free_port
+from workshop.keeper import free_port
+from workshop.prometheus import Prometheus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "ormscope" / "README.md").read_text(encoding="utf-8")

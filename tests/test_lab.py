@@ -33,6 +33,7 @@ from jupyter_client.blocking import BlockingKernelClient
 from nbclient import NotebookClient
 
 from workshop import postgres
+from workshop.keeper import free_port
 from workshop.kernels import SETTINGS
 
 ROOT = Path(__file__).parents[1]
@@ -155,11 +156,6 @@ def path(has_uv: bool) -> str:
 def other_pythons(pattern: str = "3.*") -> Iterator[Path]:
     """Those of this machine that pyenv has installed."""
     yield from Path.home().glob(f".pyenv/versions/{pattern}/bin/python")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("version", [(3, 6, 15), (3, 8, 10), (3, 10, 0), (3, 15, 0), (4, 0, 0)])

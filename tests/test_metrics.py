@@ -37,13 +37,13 @@ from ormscope import LoopScope, PoolScope, verdict
 from ormscope.durations import BOUNDS, Durations
 from ormscope.metrics import ALERTS, PoolCollector
 from workshop.database import Server
+from workshop.keeper import free_port
 from workshop.mistake import Mistake
 from workshop.prometheus import (
     Prometheus,
     Scrape,
     alerts_of,
     ask,
-    free_port,
     hurried,
     parsed,
 )
@@ -664,7 +664,8 @@ def test_prometheus_goes_with_who_started_it(
     monkeypatch.setenv("TMPDIR", str(sandbox / "tmp"))
     script = (
         "import os, signal\n"
-        "from workshop.prometheus import Prometheus, free_port\n"
+        "from workshop.keeper import free_port\n"
+        "from workshop.prometheus import Prometheus\n"
         "kept = Prometheus([free_port()], 'groups: []')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -29,7 +29,7 @@ import ormscope.metrics
 import ormscope.otel
 from ormscope import PoolScope
 from workshop.database import Server
-from workshop.prometheus import free_port
+from workshop.keeper import free_port
 from workshop.service import serving
 
 ROOT = Path(__file__).parents[1]

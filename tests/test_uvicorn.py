@@ -22,7 +22,8 @@ from leftovers import await_that
 from terminals import Terminal, needs_tmux, terminal
 
 from workshop.database import Server
-from workshop.prometheus import ask, free_port
+from workshop.keeper import free_port
+from workshop.prometheus import ask
 
 PAGE = (ROOT / "ormscope" / "README.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("## Ten minutes in a service") : PAGE.index("## The pytest plugin")]

@@ -5,6 +5,7 @@ Tests assert no speeds; this prints them, for whoever changes the instruments.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import csv
 import gc
@@ -259,6 +260,12 @@ def _exports(url: str, large_url: str) -> None:
 
 def main() -> int:
     """Measure, and print one line a figure; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python3 lab.py bench",
+        description="Measure what the instruments cost, one line a figure. Takes some ten minutes; for true figures,"
+        " let nothing else run meanwhile.",
+    )
+    parser.parse_args()
     with tempfile.TemporaryDirectory() as cold:
         warm = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = str(Path(cold))

@@ -16,11 +16,11 @@ import socket
 import subprocess
 import sys
 import threading
-import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop.keeper import Keeper
 from workshop.mistake import Mistake
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ class Database:
 class Server:
     """A private database, and the watchdog process that keeps it while this process lives."""
 
-    def __init__(self, database: Database, watchdog: subprocess.Popen[bytes]) -> None:
+    def __init__(self, database: Database, watchdog: Keeper) -> None:
         self.database = database
         self._watchdog = watchdog
-        self._owner = os.getpid()
-        _running.add(self)
         atexit.register(self.stop)
 
     @property
@@ -73,30 +71,12 @@ class Server:
 
     def stop(self) -> None:
         """End the database, and wait until its server and its folder are gone."""
-        if os.getpid() == self._owner:
-            atexit.unregister(self.stop)
-            _end(self._watchdog)
-
-    def let_go(self) -> None:
-        """In a forked child: close the child's copy of the pipe that keeps the database alive."""
-        assert self._watchdog.stdin is not None
-        self._watchdog.stdin.close()
+        atexit.unregister(self.stop)
+        self._watchdog.stop()
 
 
-_running: weakref.WeakSet[Server] = weakref.WeakSet()
 _databases: dict[int, Database] = {}
 _starting = threading.Lock()
-
-
-def _let_go_of_all() -> None:
-    for server in _running:
-        server.let_go()
-
-
-if hasattr(os, "register_at_fork"):
-    # A program that is started does not inherit the pipe. A fork does, and a child that outlives
-    # its parent would keep the database alive.
-    os.register_at_fork(after_in_child=_let_go_of_all)
 
 
 def database_url(scale: int = 1) -> str:
@@ -168,7 +148,7 @@ def _first(scale: int) -> Database:
     if url:
         check_url(url)
         watchdog, answer = _ask({"scale": scale, "url": url})
-        _end(watchdog)
+        watchdog.stop()
         database = Database(**answer, private=False)
         print(f"The database: {database.description}.", file=sys.stderr)
         return database
@@ -220,33 +200,20 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _ask(request: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+def _ask(request: dict[str, Any]) -> tuple[Keeper, dict[str, Any]]:
     """Start a watchdog and wait for its answer."""
     # Its import path is told outright, for how this process finds the package may not be inherited.
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); "
         "from workshop.watchdog import main; main()"
     )
-    options: dict[str, Any]
-    if sys.platform == "win32":
-        options = {
-            "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-        }
-    else:
-        # Jupyter kills the whole process group of a kernel; the watchdog must outlive it.
-        options = {"start_new_session": True}
-    watchdog = subprocess.Popen(
-        [sys.executable, "-c", program, str(ROOT)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        **options,
-    )
-    assert watchdog.stdin is not None and watchdog.stdout is not None
+    watchdog = Keeper(program, str(ROOT), stdout=subprocess.PIPE)
+    stdin, stdout = watchdog.process.stdin, watchdog.process.stdout
+    assert stdin is not None and stdout is not None
     try:
-        watchdog.stdin.write(json.dumps(request).encode("ascii") + b"\n")
-        watchdog.stdin.flush()
-        line = watchdog.stdout.readline()
+        stdin.write(json.dumps(request).encode("ascii") + b"\n")
+        stdin.flush()
+        line = stdout.readline()
         answer = json.loads(line) if line else {"failure": "the watchdog ended without an answer"}
         if "mistake" in answer:
             raise Mistake(answer["mistake"])
@@ -254,15 +221,8 @@ def _ask(request: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, An
             raise RuntimeError(answer["failure"])
     except BaseException:
         # Also an interrupt: nothing may be left of a start that nobody waits for any more.
-        _end(watchdog)
+        watchdog.stop()
         raise
     finally:
-        watchdog.stdout.close()
+        stdout.close()
     return watchdog, answer
-
-
-def _end(watchdog: subprocess.Popen[bytes]) -> None:
-    """Tell a watchdog that it is over, and wait until it has cleaned up."""
-    assert watchdog.stdin is not None
-    watchdog.stdin.close()
-    watchdog.wait(timeout=30)

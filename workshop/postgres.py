@@ -10,7 +10,6 @@ import errno
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from workshop.keeper import free_port
 
 APPLICATION = "sqlalchemy-under-load"
 ON_WINDOWS = sys.platform == "win32"
@@ -391,7 +392,7 @@ class Cluster:
         # Another program can take the free port before the server does; a fifth time it is not
         # chance any more.
         for attempt in range(1, 6):
-            self.port = _free_port()
+            self.port = free_port()
             self.log.write_bytes(b"")
             if self.account is not None:
                 self.account.take(self.log)
@@ -434,13 +435,6 @@ class Cluster:
         if await process.wait() != 0:
             text = said.read_text(encoding="utf-8", errors="replace")
             raise NoServer(f"{program} failed: {_last_line(text)}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _last_line(text: str) -> str:

@@ -11,9 +11,6 @@ import itertools
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ormscope.lab.picture import CAPACITY, FAILED, WAITING, Picture, look, new_figure
 from ormscope.metrics import ALERTS
+from workshop.keeper import Keeper, free_port
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,14 +40,6 @@ _open = build_opener(ProxyHandler({})).open
 _ABSENT = (URLError, TimeoutError, ConnectionError, IncompleteRead)
 _SCRAPE_SECONDS = 0.25
 _START_SECONDS = 30.0
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 where nobody listens at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def ask(port: int, timeout: float = 1.0) -> str:
@@ -143,18 +133,7 @@ class Prometheus:
         }
         port = free_port()
         self._url = f"http://127.0.0.1:{port}"
-        # The keeper outlives a kernel that is killed with its process group, if only by a moment.
-        detached: dict[str, Any] = {"start_new_session": True}
-        if sys.platform == "win32":
-            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-            detached = {"creationflags": flags}
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-c", _KEEPER, program, str(port), json.dumps(setting), rules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **detached,
-        )
+        self._keeper = Keeper(_KEEPER, program, str(port), json.dumps(setting), rules)
         try:
             self._await_ready()
         except BaseException:
@@ -163,7 +142,7 @@ class Prometheus:
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while self._keeper.poll() is None and time.monotonic() < deadline:
+        while self._keeper.process.poll() is None and time.monotonic() < deadline:
             # It says that it is ready some seconds before it takes over what it is to scrape.
             with contextlib.suppress(*_ABSENT):
                 targets = self._get("targets")["activeTargets"]
@@ -199,9 +178,7 @@ class Prometheus:
 
     def close(self) -> None:
         """End it, and wait until it and its folder are gone."""
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
-        self._keeper.wait(timeout=30)
+        self._keeper.stop()
 
 
 # Keeps one Prometheus as long as its standard input is open, which ends with the parent in any case. (A thread of
