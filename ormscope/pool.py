@@ -24,7 +24,6 @@ from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
 from ormscope.places import (
     Place,
-    RawPlace,
     own_line,
     own_place,
     places,
@@ -416,8 +415,7 @@ class PoolScope:
 
     def _holding(self, now: float) -> tuple[tuple[Holding, ...], set[TaskOrThread]]:
         """The holders of the present pool, and the tasks that somebody else who competes awaits."""
-        ledger, queued = self.ledger, _queued_anywhere()
-        holders = ledger.held(self.pool)
+        holders = self.ledger.held(self.pool)
         below: set[TaskOrThread] = set()
         stopped = set() if self.proof is None else set(self.proof.in_server)
         holding = []
@@ -428,14 +426,17 @@ class PoolScope:
             for subject in subjects:
                 children = waitgraph.below(subject)
                 below |= children
-                entry = next((queued[who] for who in (subject, *children) if who in queued), None)
+                entry = next(
+                    filter(None, (_queued(who, now) for who in (subject, *children))), None
+                )
                 locked_out = next((who for who in (subject, *children) if who in stopped), None)
                 if locked_out is not None:
                     in_server = own_place(locked_out)
                 if entry is not None:
                     if waits is None:
-                        waits = _waiting(entry[1], now, entry[0])
-                        through_tasks = subject not in queued
+                        pool, waiter = entry
+                        waits = _waiting(waiter, now, pool)
+                        through_tasks = waiter.who is not subject
                 elif holder.statements:
                     activities.append(Activity("database"))
                 else:
@@ -577,15 +578,13 @@ def _names_of(pools: frozenset[int]) -> tuple[str, ...]:
     return tuple(sorted(scope.name for scope in proof.scopes() if id(scope.pool) in pools))
 
 
-def _queued_anywhere() -> dict[TaskOrThread, tuple[str, Waiter]]:
-    """Who stands in the queue of any watched engine, and the name of its scope."""
-    now = time.perf_counter()
-    return {
-        who: (scope.name, waiter)
-        for scope in proof.scopes()
-        for who, waiter in list(scope.ledger.waiters.items())
-        if waiter.waits(now)
-    }
+def _queued(who: TaskOrThread, now: float) -> tuple[str, Waiter] | None:
+    """Where a task or thread stands in the queue of any watched engine, and the name of its scope."""
+    for scope in proof.scopes():
+        waiter = scope.ledger.waiters.get(who)
+        if waiter is not None and waiter.waits(now):
+            return scope.name, waiter
+    return None
 
 
 def _waiting(waiter: Waiter, now: float, pool: str) -> Waiting:
@@ -594,8 +593,10 @@ def _waiting(waiter: Waiter, now: float, pool: str) -> Waiting:
 
 def _in_line(queue: list[Waiter], now: float, pool: str) -> tuple[Waiting, ...]:
     """An entry for each, the same for all at the same lines: they may be thousands, and the verdict be kept."""
-    entries: dict[tuple[RawPlace, ...], Waiting] = {}
+    entries: dict[
+        int, Waiting
+    ] = {}  # by the id of the places, which are one tuple for the same places
     for waiter in queue:  # oldest first
-        if waiter.frames not in entries:
-            entries[waiter.frames] = _waiting(waiter, now, pool)
-    return tuple(entries[waiter.frames] for waiter in queue)
+        if id(waiter.frames) not in entries:
+            entries[id(waiter.frames)] = _waiting(waiter, now, pool)
+    return tuple([entries[id(waiter.frames)] for waiter in queue])
