@@ -28,8 +28,9 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from ormscope.lab import Recording, observe, storm
 from ormscope.lab.observe import InstrumentError, WorkloadError
-from ormscope.lab.picture import _thinned, stored_picture
+from ormscope.lab.picture import stored_picture
 from ormscope.lab.sending import UnsendableError
+from ormscope.lab.step_curve import thinned
 from workshop.database import Server
 from workshop.shop import Product
 
@@ -521,12 +522,12 @@ def test_a_long_curve_is_thinned_without_losing_its_peaks() -> None:
     times = [number / 1000 for number in range(20_000)]
     values = [5] * len(times)
     values[7_777], values[12_345] = 19, 0
-    kept_times, kept = _thinned(times, values)
+    kept_times, kept = thinned(times, values)
     assert len(kept) < 4_000
     assert (kept_times[0], kept_times[-1]) == (times[0], times[-1])
     assert kept_times == sorted(kept_times)
     assert {7.777: 19, 12.345: 0}.items() <= dict(zip(kept_times, kept, strict=True)).items()
-    assert _thinned(times[:100], values[:100]) == (times[:100], values[:100])
+    assert thinned(times[:100], values[:100]) == (times[:100], values[:100])
 
 
 async def breaks_its_instruments(url: str) -> str:

@@ -25,12 +25,12 @@ from ormscope.lab.picture import (
     WAITING,
     Picture,
     contrast,
-    draw_waits,
     ink,
     stored_picture,
 )
 from ormscope.lab.run import ObjectsSample, PoolCurve
 from ormscope.lab.storm import Request
+from ormscope.lab.waits_picture import draw_waits
 from ormscope.ledger import Sample
 from ormscope.places import Place
 from ormscope.verdict import Holding, Verdict, Waiting

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ormscope import PoolScope, Verdict, internals, proof, server_limits, server_report
 from ormscope import server as asking
-from ormscope.lab.picture import draw_waits
+from ormscope.lab.waits_picture import draw_waits
 from ormscope.server import ServerReport
 from workshop.database import Server
 

@@ -128,8 +128,8 @@ def check_memory_reading() -> str:
 
 def check_picture() -> str:
     """A picture is drawn, fonts included."""
-    from ormscope.lab.picture import draw
     from ormscope.lab.recording import Recording
+    from ormscope.lab.run_picture import draw
 
     png = draw(Recording(title="rehearsal")).png()
     if not png.startswith(b"\x89PNG"):

@@ -39,7 +39,7 @@ def load_ipython_extension(shell: Any) -> None:
             self.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     # Here rather than within the first run: an import cannot be cut short, and would delay ■ by a second.
-    import ormscope.lab.picture  # noqa: F401
+    import ormscope.lab.live_picture  # noqa: F401
 
     shell.set_custom_exc((Exception, BaseExceptionGroup), show)
 

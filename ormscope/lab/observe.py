@@ -303,7 +303,7 @@ def _picture(recording: Recording, live: bool) -> Iterator[Callable[[], None]]:
     if not (live and _in_notebook()):
         yield lambda: None
         return
-    from ormscope.lab.picture import LivePicture
+    from ormscope.lab.live_picture import LivePicture
 
     picture = LivePicture(recording)
     yield picture.draw_if_due

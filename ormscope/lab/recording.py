@@ -18,12 +18,12 @@ class Recording(Run):
 
     def plot(self, *others: Recording, titles: Sequence[str] | None = None) -> Picture:
         """The curves as a picture, side by side with those of other recordings on the same axes."""
-        from ormscope.lab.picture import draw
+        from ormscope.lab.run_picture import draw
 
         return draw(self, *others, titles=titles)
 
     def plot_waits(self) -> Picture:
         """The wait-for graph of the first deadlock as a picture; raises ValueError where there was none."""
-        from ormscope.lab.picture import draw_waits
+        from ormscope.lab.waits_picture import draw_waits
 
         return draw_waits(self)
