@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What `ormscope` publishes beside the names of the package itself: each module has a page or a paragraph of its README.
 PUBLISHED = {"census", "lab", "metrics", "places", "stacks", "tracebacks", "verdict", "waitgraph"}
-OF_LAB = {"cloudpickle", "IPython", "matplotlib", "memory_profiler", "PIL", "psutil"}
+OF_LAB = {"cloudpickle", "IPython", "matplotlib", "memory_profiler", "numpy", "PIL", "psutil"}
 
 
 def imports(code: str, package: str) -> Iterator[str]:

@@ -30,7 +30,6 @@ from ormscope.lab import Recording, observe, storm
 from ormscope.lab.observe import InstrumentError, WorkloadError
 from ormscope.lab.picture import stored_picture
 from ormscope.lab.sending import UnsendableError
-from ormscope.lab.step_curve import thinned
 from workshop.database import Server
 from workshop.shop import Product
 
@@ -516,18 +515,6 @@ def test_live_drawing_happens_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdout", out)
     observe(synchronous)
     assert out.getvalue() == ""
-
-
-def test_a_long_curve_is_thinned_without_losing_its_peaks() -> None:
-    times = [number / 1000 for number in range(20_000)]
-    values = [5] * len(times)
-    values[7_777], values[12_345] = 19, 0
-    kept_times, kept = thinned(times, values)
-    assert len(kept) < 4_000
-    assert (kept_times[0], kept_times[-1]) == (times[0], times[-1])
-    assert kept_times == sorted(kept_times)
-    assert {7.777: 19, 12.345: 0}.items() <= dict(zip(kept_times, kept, strict=True)).items()
-    assert thinned(times[:100], values[:100]) == (times[:100], values[:100])
 
 
 async def breaks_its_instruments(url: str) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from itertools import combinations
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from nbconvert import HTMLExporter
@@ -22,13 +29,16 @@ from ormscope.lab.picture import (
     LOOP_LAG,
     MEMORY,
     OBJECTS,
+    OTHER,
     WAITING,
     Picture,
     contrast,
     ink,
     stored_picture,
 )
+from ormscope.lab.pool_curves import shade
 from ormscope.lab.run import ObjectsSample, PoolCurve
+from ormscope.lab.step_curve import Drawn, drawn
 from ormscope.lab.storm import Request
 from ormscope.lab.waits_picture import draw_waits
 from ormscope.ledger import Sample
@@ -37,7 +47,7 @@ from ormscope.verdict import Holding, Verdict, Waiting
 from workshop import pictures
 
 LEAST_CONTRAST = 4.5  # of a text, WCAG 2.2, level AA
-COLORS = [CHECKED_OUT, WAITING, CAPACITY, COMPLETED, FAILED, LOOP_LAG, MEMORY, OBJECTS]
+COLORS = [CHECKED_OUT, WAITING, CAPACITY, COMPLETED, FAILED, LOOP_LAG, MEMORY, OBJECTS, OTHER]
 
 
 def deadlock() -> Verdict:
@@ -73,6 +83,30 @@ def recording() -> Recording:
     )
 
 
+def toggling(samples: int = 2_000, pools: int = 1) -> Recording:
+    """A second in which connections of one pool after another come and go, two at a time, and tasks wait."""
+    curves = [
+        PoolCurve(
+            name,
+            20,
+            [
+                Sample(at / samples, 18 + at % 3 if at < samples - 1 else 0, at % 2)
+                for at in range(samples)
+            ],
+        )
+        for name in ("orders", "prices", "audit")[:pools]
+    ]
+    requests = [Request(number, 0.0, number / 200, "ok") for number in range(200)]
+    return Recording(
+        "toggling",
+        ended="returned",
+        seconds=1.0,
+        pools=curves,
+        requests=requests,
+        announced=200,
+    )
+
+
 def told(wrong: bool) -> dict[str, list[pictures.Told]]:
     return {number: [("0 s", 1.0, 2.0, wrong)] for number in ("waiting", "checked out")}
 
@@ -82,6 +116,9 @@ SAID = {"as given": WANTED, "yours": {"busy": "deadlock", "idle": "healthy"}}
 PICTURES: dict[str, Callable[[Recording], Picture]] = {
     "run": lambda run: run.plot(),
     "runs": lambda run: run.plot(run, titles=["broken", "fixed"]),
+    "toggling": lambda run: toggling().plot(),
+    "toggling, side by side": lambda run: toggling().plot(run, toggling()),
+    "two pools": lambda run: toggling(pools=2).plot(),
     "waits": draw_waits,
     "phase diagram": lambda run: pictures.phase_diagram({(1, 1): False, (1, 2): True}, 2),
     "ladder": lambda run: pictures.ladder({"as given": run, "mended": run}),
@@ -142,3 +179,166 @@ def test_nbval_masks_pictures_and_measured_numbers_and_nothing_else(picture: Pic
     assert masked("≈ 1,952 of 2,000, after ≈ 0.57 s. 3 of 4") == "≈ # of 2,000, after ≈ # s. 3 of 4"
     text = 'pool: 20 of 20 <img alt="x" src="x.png">, about 3 ≈ x'
     assert masked(text) == text
+
+
+def texts(axes: Axes) -> list[str]:
+    return [label.get_text() for label in axes.texts]
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_no_text_lies_upon_another_or_is_cut_off(
+    draw: Callable[[Recording], Picture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[Text] = []
+    draw_text = Text.draw
+
+    def noted(self: Text, renderer: Any, **more: Any) -> None:
+        if self.get_visible() and self.get_text().strip() and self not in labels:
+            labels.append(self)
+        draw_text(self, renderer, **more)
+
+    figure = draw(recording()).figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    monkeypatch.setattr(Text, "draw", noted)  # not before: what is laid out first may move
+    canvas.draw()
+    boxes = {label: label.get_window_extent().padded(-2) for label in labels}
+    width, height = canvas.get_width_height()
+    cut_off = [
+        label.get_text()
+        for label, box in boxes.items()
+        if not (box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height)
+    ]
+    assert cut_off == []
+    upon = [
+        (one.get_text(), other.get_text())
+        for one, other in combinations(labels, 2)
+        if boxes[one].overlaps(boxes[other])
+    ]
+    assert upon == []
+
+
+def area(curve: Drawn) -> float:
+    return float(np.sum(curve.values[:-1] * np.diff(curve.times)))
+
+
+def test_a_slow_curve_is_drawn_as_it_is() -> None:
+    times, values = np.array([0.0, 0.2, 0.5, 0.9]), np.array([0.0, 3.0, 1.0, 2.0])
+    curve = drawn(times, values, until=1.0, column=0.02)
+    assert curve.times.tolist() == [0.0, 0.2, 0.5, 0.9, 1.0]
+    assert curve.values.tolist() == [0.0, 3.0, 1.0, 2.0, 2.0]
+    assert not len(curve.band_times)
+
+
+def test_a_curve_that_toggles_too_fast_is_drawn_as_its_mean_between_its_extremes() -> None:
+    """For three quarters of each millisecond 4, then 8, from 0.2 s to 0.6 s; 6 before, 0 after."""
+    times, values = [0.0], [6.0]
+    for number in range(200, 600):
+        times += [number / 1000, number / 1000 + 0.00075]
+        values += [4.0, 8.0]
+    curve = drawn(np.array([*times, 0.6]), np.array([*values, 0.0]), until=1.0, column=0.02)
+    steps = dict(zip(curve.times.tolist(), curve.values.tolist(), strict=True))
+    assert steps.pop(0.0) == 6 and steps.pop(1.0) == 0
+    assert min(steps) == pytest.approx(0.2) and max(steps) == pytest.approx(0.6)
+    assert steps.pop(max(steps)) == 0
+    assert len(steps) == 20 and list(steps.values()) == pytest.approx([5.0] * 20)
+    band = curve.band_times[~np.isnan(curve.band_times)]
+    assert (band[0], band[-1]) == pytest.approx((0.2, 0.6))
+    assert {*curve.lows.tolist()} == {4.0} and {*curve.highs[1:].tolist()} == {8.0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_drawn_has_the_area_and_the_extremes_of_the_curve(seed: int) -> None:
+    rng = random.Random(seed)
+    times, values = [0.0], [0]
+    while times[-1] < 1:
+        rate = rng.choice((30, 300, 3_000))
+        for _ in range(rng.randrange(1, 200)):
+            times.append(times[-1] + rng.expovariate(rate))
+            values.append(max(0, values[-1] + rng.choice((-1, 1))))
+    until = times[-1] + 0.01
+    exact = sum(
+        value * (end - start)
+        for value, start, end in zip(values, times, [*times[1:], until], strict=True)
+    )
+    curve = drawn(np.array(times), np.array(values, dtype=float), until, column=0.02)
+    assert (np.diff(curve.times) >= 0).all()
+    assert area(curve) == pytest.approx(exact, abs=0.02 * until)
+    assert max(curve.values.max(), np.max(curve.highs, initial=0)) == max(values)
+    for at, value in zip(times, values, strict=True):
+        inside = np.searchsorted(curve.band_times[: len(curve.band_times)], at, "right") - 1
+        line = curve.values[max(np.searchsorted(curve.times, at + 0.0012, "right") - 1, 0)]
+        banded = (
+            inside >= 0
+            and not np.isnan(curve.band_times[inside])
+            and curve.lows[inside] <= value <= curve.highs[inside]
+        )
+        assert banded or abs(line - value) <= 4, (at, value, line)
+
+
+def test_a_long_curve_is_drawn_with_few_points_and_keeps_its_peaks() -> None:
+    times = np.arange(20_000) / 1000
+    values = np.full(len(times), 5.0)
+    values[7_777], values[12_345] = 19, 0
+    curve = drawn(times, values, until=20.0, column=0.37)
+    assert len(curve.times) < 2_000 and not len(curve.band_times)
+    assert (curve.times[0], curve.times[-1]) == (0.0, 20.0)
+    kept = dict(zip(curve.times.tolist(), curve.values.tolist(), strict=True))
+    assert {7.777: 19, 12.345: 0}.items() <= kept.items()
+    busy = toggling(100_000)
+    drawn_points = [
+        len(line.get_xdata()) for axes in busy.plot().figure.axes for line in axes.lines
+    ]
+    assert max(drawn_points) < 2_000
+
+
+def test_the_mean_is_said_where_it_is_drawn_and_only_there() -> None:
+    busy, slow = toggling(), recording()
+    picture = busy.plot(slow)
+    of_busy, of_slow = picture.alternative.split("everything. ")
+    mean = busy.pools[0].mean_checked_out
+    assert mean == pytest.approx(19, abs=0.1)
+    assert f"mean {mean:.1f}" in texts(picture.figure.axes[0])
+    assert f"On average {mean:.1f} connections of orders were checked out." in of_busy
+    assert "a band from its lowest value to its highest" in of_busy
+    assert "band" not in of_slow
+    assert not any(text.startswith("mean") for text in texts(picture.figure.axes[1]))
+
+
+def test_two_pools_have_two_colours_of_one_hue_and_each_queue_says_for_what() -> None:
+    connections, tasks = toggling(pools=2).plot().figure.axes
+    for axes, color in ((connections, CHECKED_OUT), (tasks, WAITING)):
+        expected = {shade(color, 0), shade(color, 1)}
+        assert expected <= {to_hex(line.get_color()) for line in axes.lines}
+        assert contrast(shade(color, 1)) > 1.8 * contrast(shade(color, 0))
+    labels = texts(connections)
+    assert {label.partition(":")[0] for label in labels} == {"orders", "prices"}
+    assert "waiting for\nprices: 1" in texts(tasks)
+    assert "waiting for a\nconnection 1" in texts(toggling().plot().figure.axes[1])
+
+
+def test_the_peak_of_memory_is_written_beside_its_end() -> None:
+    fallen = Recording(
+        "fallen",
+        seconds=1.0,
+        curves=("memory",),
+        memory=[MemorySample(at / 2, 100.0 + extra) for at, extra in enumerate((0, 417, 381))],
+    )
+    assert texts(fallen.plot().figure.axes[0]) == ["end 381 MiB", "peak 417 MiB"]
+
+
+def test_a_quantity_has_one_unit_in_all_pictures() -> None:
+    run = recording()
+    curves = run.plot().figure.axes
+    bars = pictures.export_ladder({"as given": run}, 1000).figure.axes
+    assert [axes.get_ylabel() for axes in curves][2:] == [
+        "MiB above start",
+        "objects",
+        "loop lag, s",
+    ]
+    assert [axes.get_xlabel() for axes in bars] == [
+        "MiB above the start",
+        "thousand rows per second",
+        "seconds",
+    ]
+    assert [text for axes in bars for text in texts(axes)] == ["30", "1.00", "0.20"]

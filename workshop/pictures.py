@@ -9,11 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab import Recording
 from ormscope.lab.picture import (
+    CAPACITY,
     CHECKED_OUT,
     COMPLETED,
     LOOP_LAG,
     MEMORY,
     OBJECTS,
+    OTHER,
     WAITING,
     Picture,
     look,
@@ -40,7 +42,7 @@ def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Pictu
             )
         ends = (0.5, most_tasks + 0.5)
         # Half a step below the smallest capacity that is enough, so that the line separates the marks; it says so.
-        axes.plot(ends, [tasks * (depth - 1) + 0.5 for tasks in ends], color="#000000", linewidth=2)
+        axes.plot(ends, [tasks * (depth - 1) + 0.5 for tasks in ends], color=CAPACITY, linewidth=2)
         axes.set_xlim(*ends)
         axes.set_ylim(0.4, most_capacity + 0.6)
         axes.set_xlabel("tasks at once")
@@ -52,7 +54,7 @@ def phase_diagram(survived: Mapping[tuple[int, int], bool], depth: int) -> Pictu
         for height, text, color in (
             (0.95, "● all tasks\n   finish", COMPLETED),
             (0.5, "✖ deadlock", WAITING),
-            (0.2, f"line: capacity =\ntasks × {depth - 1} + ½", "#000000"),
+            (0.2, f"line: capacity =\ntasks × {depth - 1} + ½", CAPACITY),
         ):
             axes.annotate(
                 text,
@@ -86,13 +88,13 @@ def ladder(recordings: Mapping[str, Recording]) -> Picture:
             (
                 "Throughput",
                 "orders placed per second",
-                CHECKED_OUT,
+                COMPLETED,
                 [run.throughput for run in runs],
             ),
             (
                 "Slowest order",
                 "seconds from arrival to the end",
-                WAITING,
+                OTHER,
                 [run.slowest for run in runs],
             ),
         ],
@@ -111,13 +113,13 @@ def export_ladder(recordings: Mapping[str, Recording], rows: int) -> Picture:
     figure = _bars(
         list(recordings),
         [
-            ("Peak memory", "MiB beyond the start", MEMORY, [run.extra_memory for run in runs]),
+            ("Peak memory", "MiB above the start", MEMORY, [run.extra_memory for run in runs]),
             ("Speed", "thousand rows per second", COMPLETED, speeds),
             (
                 "Longest loop stall",
-                "milliseconds",
+                "seconds",
                 LOOP_LAG,
-                [run.longest_lag * 1000 for run in runs],
+                [run.longest_lag for run in runs],
             ),
         ],
     )
@@ -130,20 +132,19 @@ def export_ladder(recordings: Mapping[str, Recording], rows: int) -> Picture:
 
 
 def _bars(names: Sequence[str], panels: Sequence[tuple[str, str, str, Sequence[float]]]) -> Figure:
-    """Horizontal bars, one for each name, in panels side by side: title, unit, color and values of each."""
+    """Horizontal bars, one for each name, in panels side by side: title, unit, color and values of each.
+
+    The numbers of a panel have all the same precision: whole ones, or hundredths where one is below ten and none
+    reaches a hundred.
+    """
     with look():
         figure = new_figure(10, 1.6 + 0.55 * len(names))
         row = figure.subplots(1, len(panels), sharey=True)
         for axes, (title, unit, color, values) in zip(row, panels, strict=True):
             bars = axes.barh(names, values, color=color, height=0.62)
-            axes.bar_label(
-                bars,
-                [
-                    f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.2f}"
-                    for value in values
-                ],
-                padding=4,
-            )
+            digits = 0 if max(values) >= 100 or min(values) >= 10 else 2
+            axes.bar_label(bars, [f"{value:.{digits}f}" for value in values], padding=4)
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             axes.set_title(title)
             axes.set_xlabel(unit)
             axes.set_xlim(0, max(values) * (1 + 0.1 * len(panels)) or 1)
@@ -161,7 +162,7 @@ def scrapes_told(told: Mapping[str, Mapping[str, Sequence[Told]]]) -> Picture:
     """What the scrapes of several functions told of several numbers, on what was true."""
     numbers = list(next(iter(told.values())))
     with look():
-        figure = new_figure(10, 5.4)
+        figure = new_figure(10, 6)
         grid = figure.subplots(len(numbers), len(told), sharex=True, sharey="row")
         for column, (name, rows) in zip(grid.T, told.items(), strict=True):
             column[0].set_title(name)

@@ -25,6 +25,7 @@ FAILED = "#CC79A7"
 LOOP_LAG = "#E69F00"
 MEMORY = "#56B4E9"
 OBJECTS = "#6B6B6B"
+OTHER = "#444444"  # what has no colour of its own
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from ormscope.lab.picture import CHECKED_OUT, WAITING, Picture, look, new_figure
+from ormscope.lab.picture import CHECKED_OUT, OTHER, WAITING, Picture, look, new_figure
 from ormscope.lab.run import Run
 from ormscope.places import own_line
 from ormscope.verdict import Holding, Waiting
@@ -65,7 +65,7 @@ def draw_waits(run: Run) -> Picture:
             line = Counter(place.short for place in locked_out).most_common(1)[0][0]
             notes[1] = (f"{notes[1][0]},\nor for a lock in the server, in {line}", WAITING, 0.2)
         if others:
-            notes.append((f"{others} more in line,\nholding nothing", "#444444", -0.75))
+            notes.append((f"{others} more in line,\nholding nothing", OTHER, -0.75))
         for text, color, y in notes:
             axes.annotate(text, (-3.05, y), color=color, weight="bold", va="center", fontsize=14)
         figure.suptitle("Who waits for whom", x=0.01, ha="left", weight="bold", fontsize=16)

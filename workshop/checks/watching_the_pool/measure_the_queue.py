@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _APART_SECONDS = 0.15  # between the first and the others in line
 _NO_AGE = 60.0  # seconds; nobody here waits for so long, or since before the beginning
+_AXES = {"checked_out": "checked out", "waiting": "waiting", "oldest_wait": "oldest wait, s"}
 _ENGINES = 2  # of the shop, and of the nightly job
 
 
@@ -319,7 +320,8 @@ def plot(before: Recording, after: Recording) -> Picture:
     return scrapes_told(
         {
             run.title: {
-                number: [told(number, look) for look in run.result.looks] for number in NUMBERS
+                _AXES[number]: [told(number, look) for look in run.result.looks]
+                for number in NUMBERS
             }
             for run in (before, after)
         }

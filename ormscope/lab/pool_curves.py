@@ -1,0 +1,137 @@
+"""The curves of pools: connections checked out, tasks that wait for one, requests that have ended."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.ticker import MaxNLocator
+
+from ormscope.lab.labels import Label, label_ends
+from ormscope.lab.picture import CAPACITY, CHECKED_OUT, COMPLETED, FAILED, WAITING
+from ormscope.lab.run import PoolCurve, Run
+from ormscope.lab.step_curve import Drawn, Numbers, drawn
+
+
+def most_connections(run: Run) -> int:
+    """How high the connections reach."""
+    return max((max(curve.capacity or 0, curve.most_checked_out) for curve in run.pools), default=1)
+
+
+def most_tasks(run: Run) -> int:
+    """How high the tasks reach."""
+    return max([run.announced, 1, *(curve.most_waiting for curve in run.pools)])
+
+
+def shade(color: str, number: int) -> str:
+    """The colour of a thing in the first, second or third pool: the hue tells the thing, the depth the pool."""
+    return to_hex([part * (1, 0.45, 0.7)[number % 3] for part in to_rgb(color)])
+
+
+def draw_step_curve(axes: Axes, curve: Drawn, color: str, filled: bool = False) -> bool:
+    """Draw the line, and the band where it is a mean; whether there is one."""
+    if filled:
+        axes.fill_between(
+            curve.times, curve.values, step="post", color=color, alpha=0.18, linewidth=0
+        )
+    if len(curve.band_times):
+        axes.fill_between(
+            curve.band_times,
+            curve.lows,
+            curve.highs,
+            step="post",
+            color=color,
+            alpha=0.25,
+            linewidth=0,
+        )
+    axes.step(curve.times, curve.values, where="post", color=color, zorder=3)
+    return len(curve.band_times) > 0
+
+
+def draw_connections(axes: Axes, run: Run, top: int, column: float) -> bool:
+    """Connections checked out over time, and the capacity of each pool."""
+    labels: list[Label] = []
+    blurred = False
+    alone = len(run.pools) == 1
+    axes.set_ylim(0, top * 1.15)
+    for number, pool in enumerate(run.pools):
+        times, checked_out, _ = _samples(pool)
+        color = shade(CHECKED_OUT, number)
+        curve = drawn(times, checked_out, run.seconds, column)
+        toggles = draw_step_curve(axes, curve, color, filled=True)
+        blurred |= toggles
+        out, mean = int(checked_out[-1]), pool.mean_checked_out
+        if pool.capacity is not None:
+            axes.axhline(
+                pool.capacity,
+                color=CAPACITY if alone else color,
+                linewidth=1.4,
+                linestyle=(0, (4, 3)),
+            )
+        if alone:
+            labels.append(Label(out, f"checked out {out}", color))
+            if toggles:
+                labels.append(Label(mean, f"mean {mean:.1f}", color))
+            if pool.capacity is not None:
+                labels.append(Label(pool.capacity, f"capacity {pool.capacity}", CAPACITY))
+        else:
+            of = "" if pool.capacity is None else f" of {pool.capacity}"
+            text = f"{pool.name}: {out}{of}"
+            text += f"\nmean {mean:.1f}" if toggles else ""
+            labels.append(Label(mean if toggles else out, text, color))
+    _draw_deadlock(axes, run, top)
+    label_ends(axes, labels)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+    return blurred
+
+
+def _draw_deadlock(axes: Axes, run: Run, top: int) -> None:
+    """When the first deadlock was proved."""
+    for verdict in run.deadlocks[:1]:
+        axes.axvline(verdict.at, color=WAITING, linewidth=1.6)
+        late = verdict.at > run.seconds * 0.6
+        axes.annotate(
+            "deadlock proved" if len(run.pools) == 1 else f"deadlock\nin {verdict.pool}",
+            (verdict.at, top * 0.5),
+            xytext=(-6 if late else 6, 0),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            color=WAITING,
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+        )
+
+
+def draw_tasks(axes: Axes, run: Run, top: int, column: float) -> bool:
+    """Tasks that wait for a connection, and requests that completed and failed, over time."""
+    labels: list[Label] = []
+    blurred = False
+    axes.set_ylim(0, top * 1.12)
+    for number, pool in enumerate(run.pools):
+        times, _, waiting = _samples(pool)
+        color = shade(WAITING, number)
+        blurred |= draw_step_curve(axes, drawn(times, waiting, run.seconds, column), color)
+        what = " a\nconnection" if len(run.pools) == 1 else f"\n{pool.name}:"
+        labels.append(Label(waiting[-1], f"waiting for{what} {waiting[-1]:.0f}", color))
+    if run.announced:
+        ended = sorted((request.end, request.outcome == "ok") for request in run.requests)
+        for name, color, good in (("completed", COMPLETED, True), ("failed", FAILED, False)):
+            times = np.array([0.0, *(end for end, ok in ended if ok is good)])
+            count = len(times) - 1
+            if count or good:
+                curve = drawn(times, np.arange(count + 1.0), run.seconds, column)
+                draw_step_curve(axes, curve, color)
+                labels.append(Label(count, f"{name} {count}", color))
+    label_ends(axes, labels)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
+    return blurred
+
+
+def _samples(pool: PoolCurve) -> tuple[Numbers, Numbers, Numbers]:
+    """Times, connections checked out and tasks waiting, from a start at which there was none of either."""
+    count = 3 * len(pool.samples)
+    flat = np.fromiter(chain.from_iterable(pool.samples), np.float64, count)
+    times, checked_out, waiting = np.insert(flat.reshape(-1, 3), 0, 0.0, axis=0).T
+    return times, checked_out, waiting
