@@ -679,11 +679,15 @@ def test_prometheus_finds_its_rules_in_any_folder(
 ) -> None:
     program("prometheus")
     monkeypatch.setenv("TMPDIR", str(sandbox / "tmp"))
+    started = time.monotonic() - 1  # its clock counts in milliseconds, and may be set meanwhile
     always = "groups: [{name: a, rules: [{alert: Always, expr: vector(1), labels: {pool: b}}]}]"
     prometheus = Prometheus([free_port()], always)
     try:
         assert await_that(prometheus.fired, 20)
         assert prometheus.fired() == {("Always", "b")}
+        ((alert, pool, times),) = prometheus.firing()
+        assert (alert, pool) == ("Always", "b")
+        assert started <= times[0] <= times[-1] <= time.monotonic()
     finally:
         prometheus.close()
     assert_nothing_is_left(sandbox / "tmp")

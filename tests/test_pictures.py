@@ -45,6 +45,7 @@ from ormscope.ledger import Sample
 from ormscope.places import Place
 from ormscope.verdict import Holding, Verdict, Waiting
 from workshop import pictures
+from workshop.prometheus import Scrape, draw_watched, firing_of
 
 LEAST_CONTRAST = 4.5  # of a text, WCAG 2.2, level AA
 COLORS = [CHECKED_OUT, WAITING, CAPACITY, COMPLETED, FAILED, LOOP_LAG, MEMORY, OBJECTS, OTHER]
@@ -107,6 +108,27 @@ def toggling(samples: int = 2_000, pools: int = 1) -> Recording:
     )
 
 
+def watched() -> dict[str, list[Scrape]]:
+    """Scrapes of a pool that is starved from its third, and of one where nobody waits."""
+
+    def scrape(at: float, pool: str, deadlocks: int) -> Scrape:
+        numbers = {
+            "waiting": 200.0 * deadlocks,
+            "oldest_wait_seconds": max(0.0, at - 100.5) if deadlocks else 0.0,
+            "deadlocks_total": deadlocks,
+            "wait_seconds_count": 0,
+            "waits_within_a_second": 0,
+        }
+        cause = "deadlock" if deadlocks else "healthy"
+        return Scrape(at, pool, cause, {f"sqlalchemy_pool_{key}": numbers[key] for key in numbers})
+
+    moments = [100 + number / 4 for number in range(21)]
+    return {
+        "starved": [scrape(at, "starved", int(at >= 100.5)) for at in moments],
+        "busy": [scrape(at, "busy", 0) for at in moments],
+    }
+
+
 def told(wrong: bool) -> dict[str, list[pictures.Told]]:
     return {number: [("0 s", 1.0, 2.0, wrong)] for number in ("waiting", "checked out")}
 
@@ -118,7 +140,11 @@ PICTURES: dict[str, Callable[[Recording], Picture]] = {
     "runs": lambda run: run.plot(run, titles=["broken", "fixed"]),
     "toggling": lambda run: toggling().plot(),
     "toggling, side by side": lambda run: toggling().plot(run, toggling()),
+    "three runs": lambda run: toggling().plot(run, toggling(), titles=["one", "two", "three"]),
     "two pools": lambda run: toggling(pools=2).plot(),
+    "alerts": lambda run: draw_watched(
+        watched(), {pool: firing_of(scrapes) for pool, scrapes in watched().items()}, "the test"
+    ),
     "waits": draw_waits,
     "phase diagram": lambda run: pictures.phase_diagram({(1, 1): False, (1, 2): True}, 2),
     "ladder": lambda run: pictures.ladder({"as given": run, "mended": run}),
@@ -216,6 +242,12 @@ def test_no_text_lies_upon_another_or_is_cut_off(
         if boxes[one].overlaps(boxes[other])
     ]
     assert upon == []
+
+
+def test_any_number_of_runs_can_be_drawn() -> None:
+    picture = recording().plot(*[recording()] * 10)
+    assert len(picture.figure.axes) == 11 * len(recording().curves)
+    assert picture.png().startswith(b"\x89PNG")
 
 
 def area(curve: Drawn) -> float:
@@ -342,3 +374,26 @@ def test_a_quantity_has_one_unit_in_all_pictures() -> None:
         "seconds",
     ]
     assert [text for axes in bars for text in texts(axes)] == ["30", "1.00", "0.20"]
+
+
+def test_an_alert_is_drawn_from_the_moment_at_which_it_fires() -> None:
+    scrapes = watched()
+    firing = {pool: firing_of(scrapes[pool]) for pool in scrapes}
+    # The oldest wait is above a second from the scrape at 101.75 s; "for: 2m" is two seconds in the lesson.
+    assert firing == {
+        "starved": {
+            "ConnectionPoolDeadlock": (100.5, 105.0),
+            "ConnectionPoolWait": (103.75, 105.0),
+        },
+        "busy": {},
+    }
+    picture = draw_watched(scrapes, firing, "the test")
+    starved, busy = picture.figure.axes[4:]
+    assert texts(starved) == [" from 0.5 s ", " from 3.8 s "] and texts(busy) == ["no alert fires"]
+    extents = [bars.get_datalim(starved.transData) for bars in starved.collections]
+    assert [(box.x0, box.x1) for box in extents] == [(0.5, 5.0), (3.75, 5.0)]
+    assert "ConnectionPoolDeadlock fires after 0.5 s" in picture.alternative
+    assert (
+        "busy: up to 0 tasks waiting, the oldest for up to 0.0 s, no alert fires"
+        in picture.alternative
+    )

@@ -7,13 +7,12 @@ Prometheus is a program of its own and need not be there; where it is, it is sta
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import IncompleteRead
 from pathlib import Path
@@ -33,6 +32,10 @@ from workshop.mistake import Mistake
 ROOT = Path(__file__).resolve().parent.parent
 HURRY = 60
 """In the lesson, a minute of the alert rules lasts a second."""
+
+Firing = dict[str, tuple[float, float]]
+"""For each alert that has fired, by its name, the first and the last moment at which it did."""
+_ALERTS = ("ConnectionPoolDeadlock", "ConnectionPoolWait")
 
 # Straight to this machine, also where HTTP_PROXY is set.
 _open = build_opener(ProxyHandler({})).open
@@ -152,7 +155,7 @@ class Prometheus:
         raise Mistake("Prometheus did not start. Run `prometheus --version` to see why.")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The result of a PromQL expression now: for each series its labels ("metric") and "value"."""
+        """The result of a PromQL expression now: for each series its labels ("metric") and "value", or "values"."""
         answer: list[dict[str, Any]] = self._get(f"query?{urlencode({'query': expression})}")[
             "result"
         ]
@@ -171,6 +174,18 @@ class Prometheus:
         """The alerts that have fired since the start, each with the pool that it fired for."""
         found = self.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
         return {(alert["metric"]["alertname"], alert["metric"]["pool"]) for alert in found}
+
+    def firing(self) -> list[tuple[str, str, list[float]]]:
+        """The alerts that have fired: name, pool, and the moments at which it did, in `time.monotonic()` seconds."""
+        since_boot = time.monotonic() - time.time()
+        return [
+            (
+                series["metric"]["alertname"],
+                series["metric"]["pool"],
+                [at + since_boot for at, _ in series["values"]],
+            )
+            for series in self.query('ALERTS{alertstate="firing"}[1h]')
+        ]
 
     def _get(self, what: str) -> Any:
         with _open(f"{self._url}/api/v1/{what}", timeout=10) as answer:
@@ -233,9 +248,24 @@ class Monitor:
             return alerts_of(self.of(pool))
         return sorted(alert for alert, about in self._prometheus.fired() if about == pool)
 
+    def firing(self, pool: str) -> Firing:
+        """When the alerts fired for the pool with this name, by their names."""
+        if self._prometheus is None:
+            return firing_of(self.of(pool))
+        found: Firing = {}
+        for alert, about, times in self._prometheus.firing():
+            if about == pool:
+                first, last = found.get(alert, (times[0], times[-1]))
+                found[alert] = min(first, times[0]), max(last, times[-1])
+        return found
+
     def plot(self, *pools: str) -> Picture:
-        """Those who wait, and the oldest wait, over time, for several pools side by side."""
-        return _draw({pool: self.of(pool) for pool in pools}, self.judge)
+        """Those who wait, the oldest wait, and when alerts fired, over time, for several pools side by side."""
+        return draw_watched(
+            {pool: self.of(pool) for pool in pools},
+            {pool: self.firing(pool) for pool in pools},
+            self.judge,
+        )
 
     def close(self) -> None:
         """Stop watching."""
@@ -255,19 +285,27 @@ class Monitor:
 
 
 def alerts_of(scrapes: Sequence[Scrape]) -> list[str]:
-    """The alerts of ormscope/alerts.yml that would have fired, in a hurry, for one pool with these metrics.
+    """The alerts that `firing_of` finds, in alphabetical order."""
+    return sorted(firing_of(scrapes))
+
+
+def firing_of(scrapes: Sequence[Scrape]) -> Firing:
+    """When the alerts of ormscope/alerts.yml would have fired, in a hurry, for one pool with these metrics.
 
     What Prometheus does from the same rules, for a process that is not started anew meanwhile.
     """
-    fired = set()
-    if any(scrape.cause == "deadlock" or scrape["deadlocks_total"] for scrape in scrapes):
-        fired.add("ConnectionPoolDeadlock")
-    looks = [(scrape.time, _is_late(scrapes[:count])) for count, scrape in enumerate(scrapes, 1)]
-    for is_late, group in itertools.groupby(looks, key=lambda look: look[1]):
-        times = [at for at, _ in group]
-        if is_late and times[-1] - times[0] >= 120 / HURRY:
-            fired.add("ConnectionPoolWait")
-    return sorted(fired)
+    firing: dict[str, list[float]] = {alert: [] for alert in _ALERTS}
+    late_since = None
+    for count, scrape in enumerate(scrapes, 1):
+        if scrape.cause == "deadlock" or scrape["deadlocks_total"]:
+            firing["ConnectionPoolDeadlock"].append(scrape.time)
+        if not _is_late(scrapes[:count]):
+            late_since = None
+            continue
+        late_since = scrape.time if late_since is None else late_since
+        if scrape.time - late_since >= 120 / HURRY:
+            firing["ConnectionPoolWait"].append(scrape.time)
+    return {alert: (times[0], times[-1]) for alert, times in firing.items() if times}
 
 
 def _is_late(scrapes: Sequence[Scrape]) -> bool:
@@ -283,29 +321,72 @@ def _is_late(scrapes: Sequence[Scrape]) -> bool:
     return last["oldest_wait_seconds"] > 1 or in_time < 0.95 * ended
 
 
-def _draw(runs: dict[str, list[Scrape]], judge: str) -> Picture:
+def draw_watched(
+    runs: Mapping[str, Sequence[Scrape]], firing: Mapping[str, Firing], judge: str
+) -> Picture:
+    """What was scraped of several pools, side by side, and when an alert fired for each."""
     rows = (("waiting", "tasks waiting", 20), ("oldest_wait_seconds", "oldest wait, s", 2))
     with look():
-        figure = new_figure(10, 5.0)
-        grid: Any = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
-        for (name, label, least), line in zip(rows, grid, strict=True):
+        figure = new_figure(10, 6.0)
+        grid: Any = figure.subplots(
+            3, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 3, 2]
+        )
+        for (name, label, least), line in zip(rows, grid, strict=False):
             line[0].set_ylabel(label)
             top = max([least, *(scrape[name] for run in runs.values() for scrape in run)])
             for axes, run in zip(line, runs.values(), strict=True):
                 _curve(axes, [(scrape.time - run[0].time, scrape[name]) for scrape in run])
                 axes.set_ylim(0, top * 1.1)
-        for column, pool in enumerate(runs):
-            grid[0][column].set_title(pool)
-            grid[1][column].axhline(1, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
-            grid[1][column].set_xlabel("seconds since the first scrape")
-        grid[1][len(runs) // 2].annotate("alert above 1 s", (0, 1.1), color=FAILED, weight="bold")
+        longest = max(run[-1].time - run[0].time for run in runs.values())
+        for (pool, run), column in zip(runs.items(), grid.T, strict=True):
+            column[0].set_title(pool)
+            column[1].axhline(1, color=FAILED, linewidth=1.8, linestyle=(0, (4, 3)))
+            _draw_alerts(column[2], firing[pool], run, longest)
+            column[2].set_xlabel("seconds since\nthe first scrape")
+        grid[1][len(runs) // 2].annotate(" alert above 1 s", (0, 1.1), color=FAILED, weight="bold")
+        grid[2][0].set_xlim(0, longest * 1.05)
+        figure.align_ylabels(grid[:2, 0])
     alternative = "; ".join(
         f"{pool}: up to {max(scrape['waiting'] for scrape in run):.0f} tasks waiting, the oldest for up to"
-        f" {max(scrape['oldest_wait_seconds'] for scrape in run):.1f} s"
+        f" {max(scrape['oldest_wait_seconds'] for scrape in run):.1f} s, "
+        + (
+            " and ".join(
+                f"{alert} fires after {first - run[0].time:.1f} s"
+                for alert, (first, _) in sorted(firing[pool].items())
+            )
+            or "no alert fires"
+        )
         for pool, run in runs.items()
     )
     title = " | ".join(runs)
     return Picture(figure, title, f"{alternative}. The alerts were evaluated by {judge}.")
+
+
+def _draw_alerts(axes: Axes, firing: Firing, run: Sequence[Scrape], longest: float) -> None:
+    """A bar for each alert, from when it fired until it was resolved, or until the last scrape."""
+    for row, alert in enumerate(_ALERTS):
+        if alert in firing:
+            start = firing[alert][0] - run[0].time
+            end = min(firing[alert][1], run[-1].time) - run[0].time
+            bar = (start, max(end - start, _SCRAPE_SECONDS))
+            axes.broken_barh([bar], (row - 0.35, 0.7), color=FAILED)
+            axes.annotate(
+                f" from {start:.1f} s ",
+                (start, row),
+                va="center",
+                ha="left" if start < 0.6 * longest else "right",
+                color=CAPACITY,
+                weight="bold",
+            )
+    if not firing:
+        axes.annotate(
+            "no alert fires", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center"
+        )
+    axes.set_ylim(len(_ALERTS) - 0.4, -0.6)
+    names = [alert.replace("Pool", "Pool\n") for alert in _ALERTS]
+    axes.set_yticks(range(len(_ALERTS)), names, size=11)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False)
 
 
 def _curve(axes: Axes, points: list[tuple[float, float]]) -> None:

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab.labels import Label, label_ends
 from ormscope.lab.picture import CAPACITY, FAILED, LOOP_LAG, MEMORY, OBJECTS
-from ormscope.lab.pool_curves import draw_step_curve
+from ormscope.lab.pool_curves import Told, draw_step_curve
 from ormscope.lab.run import Run
 from ormscope.lab.step_curve import drawn
 
@@ -18,7 +18,7 @@ def most_memory(run: Run) -> float:
     return max(run.extra_memory, run.memory_limit or 0.0, 8.0)
 
 
-def draw_memory(axes: Axes, run: Run, top: float, column: float) -> bool:
+def draw_memory(axes: Axes, run: Run, top: float, column: float) -> Told:
     """Resident memory beyond that at the start, and the limit that ends the run."""
     first = run.memory[0].mebibytes if run.memory else 0.0
     times = [0.0, *(sample.time for sample in run.memory)]
@@ -43,7 +43,11 @@ def draw_memory(axes: Axes, run: Run, top: float, column: float) -> bool:
         labels.append(Label(run.memory_limit, f"limit {run.memory_limit:g} MiB", FAILED))
     label_ends(axes, labels)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-    return False
+    return Told(
+        f"Memory rose by up to {run.extra_memory:.0f} MiB and stood {run.kept_memory:.0f} MiB above the start"
+        f" at the end, after {run.seconds:.1f} s.",
+        False,
+    )
 
 
 def most_objects(run: Run) -> float:
@@ -51,7 +55,7 @@ def most_objects(run: Run) -> float:
     return max(run.most_objects, 10)
 
 
-def draw_objects(axes: Axes, run: Run, top: float, column: float) -> bool:
+def draw_objects(axes: Axes, run: Run, top: float, column: float) -> Told:
     """Objects alive in the identity maps."""
     times = np.array([0.0, *(sample.time for sample in run.objects)])
     alive = np.array([0.0, *(sample.alive for sample in run.objects)])
@@ -63,7 +67,10 @@ def draw_objects(axes: Axes, run: Run, top: float, column: float) -> bool:
     label_ends(axes, labels)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda value, _: _thousands(value))
-    return blurred
+    return Told(
+        f"Up to {run.most_objects:,} objects were alive in identity maps, {alive[-1]:,.0f} at the end.",
+        blurred,
+    )
 
 
 def _thousands(value: float) -> str:
@@ -76,7 +83,7 @@ def longest_lag(run: Run) -> float:
     return max(run.longest_lag, 0.05)
 
 
-def draw_lag(axes: Axes, run: Run, top: float, column: float) -> bool:
+def draw_lag(axes: Axes, run: Run, top: float, column: float) -> Told:
     """How late the event loop was, as seen 20 times a second."""
     times = [0.0, *(at for at, _ in run.loop_lag)]
     lag = [0.0, *(seconds for _, seconds in run.loop_lag)]
@@ -84,4 +91,4 @@ def draw_lag(axes: Axes, run: Run, top: float, column: float) -> bool:
     axes.step(times, lag, where="pre", color=LOOP_LAG)
     label_ends(axes, [Label(max(lag), f"longest {max(lag):.2f} s", CAPACITY)])
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    return False
+    return Told(f"The event loop was up to {run.longest_lag:.2f} s late.", False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab import pool_curves, process_curves
 from ormscope.lab.picture import SHOWN_WIDTH, Picture, look
+from ormscope.lab.pool_curves import Told
 from ormscope.lab.run import Curve, Run
 
 # What goes up and down three times in so little is seen as a block: a line is three pixels wide.
@@ -32,7 +33,7 @@ def draw(*runs: Run, titles: Sequence[str] | None = None) -> Picture:
         height = 4.6 + 0.4 * (len(runs) > 1) + 1.3 * max(0, len(curves) - 2)
         figure = Figure(figsize=(10, height))
         left, right = 0.1, 0.82
-        between = 0.17  # the same room for the labels of each column
+        between = min(0.17, 0.57 / len(runs))  # for the labels of each column
         wide = (right - left - between * (len(runs) - 1)) / len(runs)
         figure.subplots_adjust(
             left, 0.6 / height, right, 1 - 0.42 / height, wspace=between / wide, hspace=0.16
@@ -47,14 +48,14 @@ def draw(*runs: Run, titles: Sequence[str] | None = None) -> Picture:
         )
         seconds = max(max(run.seconds, 0.05) * 1.02 for run in runs)
         column = seconds * _COLUMN_PIXELS / (wide * SHOWN_WIDTH)
-        blurred: set[str] = set()
+        told: list[list[Told]] = []
         for row, curve in zip(grid, curves, strict=True):
             unit, highest, draw_curve = _CURVES[curve]
             top = max(highest(run) for run in runs)
             row[0].set_ylabel(unit)
-            for axes, run, name in zip(row, runs, names, strict=True):
-                if draw_curve(axes, run, top, column):
-                    blurred.add(name)
+            told.append(
+                [draw_curve(axes, run, top, column) for axes, run in zip(row, runs, strict=True)]
+            )
         for number, name in enumerate(names):
             # The room until the next title; a longer one is set smaller.
             room = (wide + between if len(runs) > 1 else 1 - left) * figure.get_figwidth() * 72
@@ -64,29 +65,32 @@ def draw(*runs: Run, titles: Sequence[str] | None = None) -> Picture:
             grid[-1][number].set_xlabel("seconds since the start")
             # Fewer marks where pictures stand side by side, or their numbers would run into one another.
             grid[-1][number].xaxis.set_major_locator(
-                MaxNLocator(8 // len(runs), steps=[1, 2, 5, 10])
+                MaxNLocator(max(2, 8 // len(runs)), steps=[1, 2, 5, 10])
             )
         figure.align_ylabels()
     alternative = "\n".join(
-        " ".join(
-            filter(
-                None,
-                [
-                    f"{name}.",
-                    run.summary(),
-                    *(_ALTERNATIVES[it](run) for it in curves),
-                    _BLURRED if name in blurred else "",
-                ],
-            )
-        )
-        for name, run in zip(names, runs, strict=True)
+        " ".join(filter(None, [f"{name}.", run.summary(), *_sentences(of_run)]))
+        for name, run, of_run in zip(names, runs, zip(*told, strict=True), strict=True)
     )
     return Picture(figure, " | ".join(names), alternative)
 
 
-# What each curve is called on its axis, how high it reaches, and who draws it and tells whether it drew means.
+def _sentences(told: Iterable[Told]) -> Iterator[str]:
+    """What is said of the curves of a run, and of how some are drawn."""
+    blurred = False
+    for curve in told:
+        yield curve.sentences
+        blurred |= curve.blurred
+    if blurred:
+        yield (
+            "Where a curve goes up and down too fast to be seen, its mean is drawn, with a band from its lowest"
+            " value to its highest."
+        )
+
+
+# What each curve is called on its axis, how high it reaches, and who draws it and tells of it.
 _CURVES: dict[
-    Curve, tuple[str, Callable[[Run], float], Callable[[Axes, Run, Any, float], bool]]
+    Curve, tuple[str, Callable[[Run], float], Callable[[Axes, Run, Any, float], Told]]
 ] = {
     "connections": ("connections", pool_curves.most_connections, pool_curves.draw_connections),
     "requests": ("tasks", pool_curves.most_tasks, pool_curves.draw_tasks),
@@ -94,24 +98,3 @@ _CURVES: dict[
     "objects": ("objects", process_curves.most_objects, process_curves.draw_objects),
     "loop lag": ("loop lag, s", process_curves.longest_lag, process_curves.draw_lag),
 }
-# What a picture of that curve says beyond the recording's summary, for who cannot see it.
-_ALTERNATIVES: dict[Curve, Callable[[Run], str]] = {
-    "connections": lambda run: " ".join(
-        f"On average {pool.mean_checked_out:.1f} connections of {pool.name} were checked out."
-        for pool in run.pools
-    ),
-    "requests": lambda run: "",
-    "memory": lambda run: (
-        f"Memory rose by up to {run.extra_memory:.0f} MiB and stood {run.kept_memory:.0f} MiB above the start"
-        f" at the end, after {run.seconds:.1f} s."
-    ),
-    "objects": lambda run: (
-        f"Up to {run.most_objects:,} objects were alive in identity maps,"
-        f" {run.objects[-1].alive if run.objects else 0:,} at the end."
-    ),
-    "loop lag": lambda run: f"The event loop was up to {run.longest_lag:.2f} s late.",
-}
-_BLURRED = (
-    "Where a curve goes up and down too fast to be seen, its mean is drawn, with a band from its lowest value"
-    " to its highest."
-)
