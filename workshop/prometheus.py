@@ -351,7 +351,7 @@ def draw_watched(
         f" {max(scrape['oldest_wait_seconds'] for scrape in run):.1f} s, "
         + (
             " and ".join(
-                f"{alert} fires after {first - run[0].time:.1f} s"
+                f"{alert} fires after {_since_first(run, first):.1f} s"
                 for alert, (first, _) in sorted(firing[pool].items())
             )
             or "no alert fires"
@@ -362,12 +362,17 @@ def draw_watched(
     return Picture(figure, title, f"{alternative}. The alerts were evaluated by {judge}.")
 
 
+def _since_first(run: Sequence[Scrape], moment: float) -> float:
+    """Seconds since the first scrape; none where Prometheus, which scrapes for itself, was a little earlier."""
+    return max(0.0, moment - run[0].time)
+
+
 def _draw_alerts(axes: Axes, firing: Firing, run: Sequence[Scrape], longest: float) -> None:
     """A bar for each alert, from when it fired until it was resolved, or until the last scrape."""
     for row, alert in enumerate(_ALERTS):
         if alert in firing:
-            start = firing[alert][0] - run[0].time
-            end = min(firing[alert][1], run[-1].time) - run[0].time
+            start = _since_first(run, firing[alert][0])
+            end = _since_first(run, min(firing[alert][1], run[-1].time))
             bar = (start, max(end - start, _SCRAPE_SECONDS))
             axes.broken_barh([bar], (row - 0.35, 0.7), color=FAILED)
             axes.annotate(

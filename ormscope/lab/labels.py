@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 
 _LINE = 1.25  # times the size of the letters
@@ -26,7 +27,7 @@ def label_ends(axes: Axes, labels: list[Label]) -> None:
     assert figure is not None
     points = axes.get_position().height * figure.get_figheight() * 72
     bottom, top = axes.get_ylim()
-    size = axes.yaxis.label.get_size() - 1
+    size = rcParams["font.size"]
     line = _LINE * size / points * (top - bottom)
     ordered = sorted(labels, key=lambda label: label.value)
     heights = [line * (1 + label.text.count("\n")) for label in ordered]

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab.labels import Label, label_ends
 from ormscope.lab.picture import CAPACITY, CHECKED_OUT, COMPLETED, FAILED, WAITING
-from ormscope.lab.run import PoolCurve, Run
+from ormscope.lab.run import Run
 from ormscope.lab.step_curve import Drawn, Numbers, drawn
 
 
@@ -23,19 +23,43 @@ class Told(NamedTuple):
     blurred: bool
 
 
-def most_connections(run: Run) -> int:
+class Shown(NamedTuple):
+    """A run as its curves are drawn from it.
+
+    `samples` has an array for each pool, whose rows are the times, the connections checked out and the tasks waiting;
+    `column` is how many seconds a column of the picture is wide (`ormscope.lab.step_curve.drawn`).
+    """
+
+    run: Run
+    samples: list[Numbers]
+    column: float
+
+
+def shown(run: Run, column: float) -> Shown:
+    """A run, with the samples of each pool as an array that begins with none checked out and none waiting."""
+    arrays = []
+    for pool in run.pools:
+        flat = np.fromiter(chain.from_iterable(pool.samples), np.float64, 3 * len(pool.samples))
+        arrays.append(np.concatenate([np.zeros((3, 1)), flat.reshape(-1, 3).T], axis=1))
+    return Shown(run, arrays, column)
+
+
+def most_connections(of: Shown) -> int:
     """How high the connections reach."""
-    return max((max(curve.capacity or 0, curve.most_checked_out) for curve in run.pools), default=1)
+    capacities = [pool.capacity or 0 for pool in of.run.pools]
+    return max([*capacities, *(int(out.max()) for _, out, _ in of.samples)], default=1)
 
 
-def most_tasks(run: Run) -> int:
+def most_tasks(of: Shown) -> int:
     """How high the tasks reach."""
-    return max([run.announced, 1, *(curve.most_waiting for curve in run.pools)])
+    return max([of.run.announced, 1, *(int(waiting.max()) for *_, waiting in of.samples)])
 
 
 def shade(color: str, number: int) -> str:
     """The colour of a thing in the first, second or third pool: the hue tells the thing, the depth the pool."""
-    return to_hex([part * (1, 0.45, 0.7)[number % 3] for part in to_rgb(color)])
+    red, green, blue = to_rgb(color)
+    depth = (1, 0.45, 0.7)[number % 3]
+    return to_hex((red * depth, green * depth, blue * depth))
 
 
 def draw_step_curve(axes: Axes, curve: Drawn, color: str, filled: bool = False) -> bool:
@@ -58,15 +82,15 @@ def draw_step_curve(axes: Axes, curve: Drawn, color: str, filled: bool = False) 
     return len(curve.band_times) > 0
 
 
-def draw_connections(axes: Axes, run: Run, top: int, column: float) -> Told:
+def draw_connections(axes: Axes, of: Shown, top: int) -> Told:
     """Connections checked out over time, and the capacity of each pool."""
     labels: list[Label] = []
     sentences: list[str] = []
     blurred = False
+    run, samples, column = of
     alone = len(run.pools) == 1
     axes.set_ylim(0, top * 1.15)
-    for number, pool in enumerate(run.pools):
-        times, checked_out, _ = _samples(pool)
+    for number, (pool, (times, checked_out, _)) in enumerate(zip(run.pools, samples, strict=True)):
         color = shade(CHECKED_OUT, number)
         curve = drawn(times, checked_out, run.seconds, column)
         toggles = draw_step_curve(axes, curve, color, filled=True)
@@ -87,8 +111,8 @@ def draw_connections(axes: Axes, run: Run, top: int, column: float) -> Told:
             if pool.capacity is not None:
                 labels.append(Label(pool.capacity, f"capacity {pool.capacity}", CAPACITY))
         else:
-            of = "" if pool.capacity is None else f" of {pool.capacity}"
-            text = f"{pool.name}: {out}{of}"
+            text = f"{pool.name}: {out}"
+            text += f" of {pool.capacity}" if pool.capacity is not None else ""
             text += f"\nmean {mean:.1f}" if toggles else ""
             labels.append(Label(mean if toggles else out, text, color))
     _draw_deadlock(axes, run, top)
@@ -114,13 +138,13 @@ def _draw_deadlock(axes: Axes, run: Run, top: int) -> None:
         )
 
 
-def draw_tasks(axes: Axes, run: Run, top: int, column: float) -> Told:
+def draw_tasks(axes: Axes, of: Shown, top: int) -> Told:
     """Tasks that wait for a connection, and requests that completed and failed, over time."""
     labels: list[Label] = []
     blurred = False
+    run, samples, column = of
     axes.set_ylim(0, top * 1.12)
-    for number, pool in enumerate(run.pools):
-        times, _, waiting = _samples(pool)
+    for number, (pool, (times, _, waiting)) in enumerate(zip(run.pools, samples, strict=True)):
         color = shade(WAITING, number)
         blurred |= draw_step_curve(axes, drawn(times, waiting, run.seconds, column), color)
         what = " a\nconnection" if len(run.pools) == 1 else f"\n{pool.name}:"
@@ -137,14 +161,6 @@ def draw_tasks(axes: Axes, run: Run, top: int, column: float) -> Told:
     label_ends(axes, labels)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
     return Told("", blurred)
-
-
-def _samples(pool: PoolCurve) -> tuple[Numbers, Numbers, Numbers]:
-    """Times, connections checked out and tasks waiting, from a start at which there was none of either."""
-    count = 3 * len(pool.samples)
-    flat = np.fromiter(chain.from_iterable(pool.samples), np.float64, count)
-    times, checked_out, waiting = np.insert(flat.reshape(-1, 3), 0, 0.0, axis=0).T
-    return times, checked_out, waiting
 
 
 def _mean(times: Numbers, values: Numbers) -> float:

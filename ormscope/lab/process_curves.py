@@ -8,18 +8,18 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab.labels import Label, label_ends
 from ormscope.lab.picture import CAPACITY, FAILED, LOOP_LAG, MEMORY, OBJECTS
-from ormscope.lab.pool_curves import Told, draw_step_curve
-from ormscope.lab.run import Run
+from ormscope.lab.pool_curves import Shown, Told, draw_step_curve
 from ormscope.lab.step_curve import drawn
 
 
-def most_memory(run: Run) -> float:
+def most_memory(of: Shown) -> float:
     """How high the memory reaches, in MiB."""
-    return max(run.extra_memory, run.memory_limit or 0.0, 8.0)
+    return max(of.run.extra_memory, of.run.memory_limit or 0.0, 8.0)
 
 
-def draw_memory(axes: Axes, run: Run, top: float, column: float) -> Told:
+def draw_memory(axes: Axes, of: Shown, top: float) -> Told:
     """Resident memory beyond that at the start, and the limit that ends the run."""
+    run = of.run
     first = run.memory[0].mebibytes if run.memory else 0.0
     times = [0.0, *(sample.time for sample in run.memory)]
     extra = [0.0, *(sample.mebibytes - first for sample in run.memory)]
@@ -50,17 +50,18 @@ def draw_memory(axes: Axes, run: Run, top: float, column: float) -> Told:
     )
 
 
-def most_objects(run: Run) -> float:
+def most_objects(of: Shown) -> float:
     """How high the objects reach."""
-    return max(run.most_objects, 10)
+    return max(of.run.most_objects, 10)
 
 
-def draw_objects(axes: Axes, run: Run, top: float, column: float) -> Told:
+def draw_objects(axes: Axes, of: Shown, top: float) -> Told:
     """Objects alive in the identity maps."""
+    run = of.run
     times = np.array([0.0, *(sample.time for sample in run.objects)])
     alive = np.array([0.0, *(sample.alive for sample in run.objects)])
     axes.set_ylim(0, top * 1.15)
-    blurred = draw_step_curve(axes, drawn(times, alive, run.seconds, column), OBJECTS)
+    blurred = draw_step_curve(axes, drawn(times, alive, run.seconds, of.column), OBJECTS)
     labels = [Label(alive[-1], f"{_thousands(alive[-1])} objects", OBJECTS)]
     if max(alive) > 1.3 * alive[-1]:
         labels.append(Label(max(alive), f"most {_thousands(max(alive))}", OBJECTS))
@@ -78,13 +79,14 @@ def _thousands(value: float) -> str:
     return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
 
 
-def longest_lag(run: Run) -> float:
+def longest_lag(of: Shown) -> float:
     """How high the loop lag reaches, in seconds."""
-    return max(run.longest_lag, 0.05)
+    return max(of.run.longest_lag, 0.05)
 
 
-def draw_lag(axes: Axes, run: Run, top: float, column: float) -> Told:
+def draw_lag(axes: Axes, of: Shown, top: float) -> Told:
     """How late the event loop was, as seen 20 times a second."""
+    run = of.run
     times = [0.0, *(at for at, _ in run.loop_lag)]
     lag = [0.0, *(seconds for _, seconds in run.loop_lag)]
     axes.set_ylim(0, top * 1.15)

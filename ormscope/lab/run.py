@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from ormscope.lab.memory import MemorySample
@@ -47,12 +48,12 @@ class PoolCurve:
     @property
     def most_checked_out(self) -> int:
         """The highest point of the curve of connections checked out."""
-        return max((sample.checked_out for sample in self.samples), default=0)
+        return max(map(attrgetter("checked_out"), self.samples), default=0)
 
     @property
     def most_waiting(self) -> int:
         """The highest point of the curve of tasks waiting."""
-        return max((sample.waiting for sample in self.samples), default=0)
+        return max(map(attrgetter("waiting"), self.samples), default=0)
 
     @property
     def mean_checked_out(self) -> float:

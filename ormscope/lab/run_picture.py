@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ormscope.lab import pool_curves, process_curves
 from ormscope.lab.picture import SHOWN_WIDTH, Picture, look
-from ormscope.lab.pool_curves import Told
+from ormscope.lab.pool_curves import Shown, Told
 from ormscope.lab.run import Curve, Run
 
 # What goes up and down three times in so little is seen as a block: a line is three pixels wide.
@@ -48,13 +48,14 @@ def draw(*runs: Run, titles: Sequence[str] | None = None) -> Picture:
         )
         seconds = max(max(run.seconds, 0.05) * 1.02 for run in runs)
         column = seconds * _COLUMN_PIXELS / (wide * SHOWN_WIDTH)
+        all_shown = [pool_curves.shown(run, column) for run in runs]
         told: list[list[Told]] = []
         for row, curve in zip(grid, curves, strict=True):
             unit, highest, draw_curve = _CURVES[curve]
-            top = max(highest(run) for run in runs)
+            top = max(map(highest, all_shown))
             row[0].set_ylabel(unit)
             told.append(
-                [draw_curve(axes, run, top, column) for axes, run in zip(row, runs, strict=True)]
+                [draw_curve(axes, of, top) for axes, of in zip(row, all_shown, strict=True)]
             )
         for number, name in enumerate(names):
             # The room until the next title; a longer one is set smaller.
@@ -89,9 +90,7 @@ def _sentences(told: Iterable[Told]) -> Iterator[str]:
 
 
 # What each curve is called on its axis, how high it reaches, and who draws it and tells of it.
-_CURVES: dict[
-    Curve, tuple[str, Callable[[Run], float], Callable[[Axes, Run, Any, float], Told]]
-] = {
+_CURVES: dict[Curve, tuple[str, Callable[[Shown], float], Callable[[Axes, Shown, Any], Told]]] = {
     "connections": ("connections", pool_curves.most_connections, pool_curves.draw_connections),
     "requests": ("tasks", pool_curves.most_tasks, pool_curves.draw_tasks),
     "memory": ("MiB above start", process_curves.most_memory, process_curves.draw_memory),

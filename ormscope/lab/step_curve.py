@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,11 +86,16 @@ def _means(times: Numbers, values: Numbers, edges: Numbers) -> Numbers:
     """The time-weighted mean between each two edges, from the area under the curve up to each."""
     ends = np.append(times, edges[-1])
     areas = np.concatenate([[0.0], np.cumsum(values * np.diff(ends))])
-    return np.diff(np.interp(edges, ends, areas)) / np.diff(edges)
+    means: Numbers = np.diff(np.interp(edges, ends, areas)) / np.diff(edges)
+    return means
 
 
 def _band(
-    times: Numbers, values: Numbers, edges: Numbers, at_start: Any, toggles: NDArray[np.bool_]
+    times: Numbers,
+    values: Numbers,
+    edges: Numbers,
+    at_start: NDArray[np.intp],
+    toggles: NDArray[np.bool_],
 ) -> tuple[Numbers, Numbers, Numbers]:
     """The lowest and the highest value in each column that toggles, the value that it begins with among them."""
     columns = np.flatnonzero(toggles)
