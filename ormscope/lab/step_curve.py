@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 
-# Half a pixel of the finest picture: of what lies closer together nobody sees more than the last and the extremes.
-_FINE_PARTS = 18  # of a column
+# A pixel of the finest picture: of what lies closer together nobody sees more than the last and the extremes.
+_FINE_PARTS = 24  # of a column
 _MOST_COLUMNS = 10_000
 _TOGGLING = 3  # turns within a column: up and down, and up or down again
+_TOGGLING_ALONE = 5  # the same where no column beside it toggles: a patch has to be worth it
 _GAP = 3  # columns: to change between steps and means more often is no help to the eye
 
 
@@ -34,14 +35,15 @@ class Drawn(NamedTuple):
 def drawn(times: Numbers, values: Numbers, until: float, column: float) -> Drawn:
     """A step function, in order of time, as a picture can show it, in columns of `column` seconds.
 
-    Each value holds until the next time, the last one until `until`. In a column where the curve turns three times or
-    more, a line of its steps would be a solid block. There, and in up to three columns between two such, the line is
-    the time-weighted mean of the column from `a` to `b`,
+    Each value holds until the next time, the last one until `until`. Where the curve turns three times or more in a
+    column, a line of its steps would be a solid block. There, and in up to three columns between two such, the line
+    is the time-weighted mean of the column from `a` to `b`,
 
         mean = 1 / (b - a) * sum(value * (seconds within [a, b] for which it held)),
 
     so that the area under the line stays what it is (connection-seconds, say), and the band reaches from the column's
-    lowest value to its highest. In all other columns the line is the steps themselves.
+    lowest value to its highest. In all other columns the line is the steps themselves, and so it is in a single
+    column with fewer than five turns.
     """
     until = max(until, times[-1], 1e-9)
     column = max(column, until / _MOST_COLUMNS)
@@ -49,7 +51,7 @@ def drawn(times: Numbers, values: Numbers, until: float, column: float) -> Drawn
     starts = edges[:-1]
     turns = _turns(values)
     of_sample = np.clip(np.searchsorted(edges, times, "right") - 1, 0, len(starts) - 1)
-    toggles = _without_gaps(np.bincount(of_sample[turns], minlength=len(starts)) >= _TOGGLING)
+    toggles = _toggling(np.bincount(of_sample[turns], minlength=len(starts)))
 
     fine = (times * (_FINE_PARTS / column)).astype(np.int64)
     shown = turns | np.append(fine[1:] != fine[:-1], True)
@@ -73,13 +75,15 @@ def _turns(values: Numbers) -> NDArray[np.bool_]:
     return turns
 
 
-def _without_gaps(toggles: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The same, with the columns between two that are near to one another."""
+def _toggling(turns: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Whether a mean is drawn in each column, from how often the curve turns in it."""
+    toggles = turns >= _TOGGLING
     columns = np.flatnonzero(toggles)
     for before, after in pairwise(columns):
         if after - before <= _GAP + 1:
             toggles[before:after] = True
-    return toggles
+    beside = np.append(toggles[1:], False) | np.insert(toggles[:-1], 0, False)
+    return toggles & (beside | (turns >= _TOGGLING_ALONE))
 
 
 def _means(times: Numbers, values: Numbers, edges: Numbers) -> Numbers:
