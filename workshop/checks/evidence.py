@@ -25,6 +25,8 @@ from ormscope.stacks import is_sleeping, sleeping_frames
 from workshop.checks.lent import POOL_TIMEOUT, Conditions
 from workshop.checks.unheard import Unheard, is_learners
 
+THE_CHECK = "the check"
+"""The name of a task that is not the learner's: nobody asks what it waits for."""
 _LOOK_SECONDS = 0.02
 _CROWD_SECONDS = 0.5  # between two looks at who holds and who waits
 _SECONDS_TO_LEAVE = 1.0  # for tasks that are cancelled
@@ -106,7 +108,7 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
 
     gc.callbacks.append(count)
     known = asyncio.all_tasks()
-    watcher = asyncio.create_task(_watch(noted, scopes, conditions), name="the check")
+    watcher = asyncio.create_task(_watch(noted, scopes, conditions), name=THE_CHECK)
     try:
         async with asyncio.timeout(conditions.load_seconds):
             yield noted
@@ -197,7 +199,7 @@ def _look_at_tasks(noted: Evidence) -> None:
     sleep_at, queue_at, sharing = [], [], 0
     standing: Counter[str] = Counter()
     for task in asyncio.all_tasks():
-        if not is_sleeping(task):
+        if task.get_name() == THE_CHECK or not is_sleeping(task):
             continue
         frames = sleeping_frames(task)
         callers = [frame for frame in frames if not frame.f_code.co_filename.startswith(_ASYNCIO)]

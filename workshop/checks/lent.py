@@ -22,14 +22,15 @@ class Conditions:
     url: str
     load_seconds: float
 
-    def engine(self, capacity: int, name: str = "shop") -> AsyncEngine:
-        """An engine as the exercises lend it."""
+    def engine(self, capacity: int, name: str = "shop", **settings: str) -> AsyncEngine:
+        """An engine as the exercises lend it; `settings` are the server's, for its connections."""
         return create_async_engine(
             self.url,
             pool_size=capacity,
             max_overflow=0,
             pool_timeout=POOL_TIMEOUT,
             pool_logging_name=name,
+            connect_args={"server_settings": settings},
         )
 
 

@@ -29,7 +29,7 @@ from workshop.checks.rules import (
     sleeps,
     swallows_the_timeout,
 )
-from workshop.checks.unpooled import Unpooled, Unpooling, connects_past_the_pools
+from workshop.checks.unpooled import Unpooled
 
 
 @dataclass(eq=False)
@@ -68,7 +68,6 @@ class Nesting:
         self._first: dict[str, Any] = {"nested": "", "nested_in_a_task": False}
         self._from_another_loop = ""
         self._loop = asyncio.get_running_loop()
-        self._unpooling = Unpooling()
         for engine in engines:
             pool = engine.sync_engine.pool
             pool.connect = partial(self._ask, pool, pool.connect)  # type: ignore[method-assign]
@@ -77,11 +76,7 @@ class Nesting:
 
     def noted(self) -> dict[str, Any]:
         """What there is of Nested."""
-        return {
-            **self._first,
-            **vars(self._unpooling),
-            "from_another_loop": self._from_another_loop,
-        }
+        return {**self._first, "from_another_loop": self._from_another_loop}
 
     def _ask(self, pool: Pool, connect: Callable[[], Any]) -> Any:
         if asyncio.get_running_loop() is not self._loop:
@@ -160,7 +155,6 @@ def leaves_a_session_open(run: Recording, seen: Evidence) -> Iterator[Finding]:
 
 # In the order of asking; a task asks for its own rules on engines before these.
 ONE_AT_A_TIME: tuple[Rule[Nested], ...] = (
-    connects_past_the_pools,
     uses_another_loop,
     one_session_many_tasks,
     sleeps,

@@ -1,68 +1,174 @@
-"""Connections to the server that the learner's code opens past every pool, as asyncpg.connect() does."""
+"""Connections to the server that belong to no pool, as asyncpg.connect() makes them.
+
+Two ways to see them: the server's own list knows how many there are at once, whatever driver made them; the socket of
+each that connects in Python knows the learner's line, and misses none that is closed at once.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-import socket
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import asyncpg
+import psutil
+import psycopg
 import sqlalchemy
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.default import DefaultDialect
 
 from ormscope.lab import Recording
 from ormscope.places import place
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence
+from workshop.checks.evidence import THE_CHECK, Evidence
+from workshop.checks.lent import Conditions
+from workshop.checks.rules import Rule
 from workshop.checks.unheard import is_learners
 
+_LOOK_SECONDS = 0.02
+_PORT = 5432  # PostgreSQL's own
+_NAME = f"a check, {os.getpid()}"
+_LIST = """
+    SELECT pid, client_port, application_name AS name,
+        coalesce(wait_event IN ('transactionid', 'tuple'), false) AS waits
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
 _SQLALCHEMY = os.path.join(os.path.dirname(sqlalchemy.__file__), "")
+
+
+@dataclass
+class Backends:
+    """What was seen of this process's connections to the server.
+
+    `at_once` is the most in its list that belong to no engine and not to the check, `opened` how many the learner's
+    code was seen to open, and `opened_at` where. `waiting` tells for each look at the list how many of the engines'
+    waited for a row that another transaction had locked.
+    """
+
+    at_once: int = 0
+    opened: int = 0
+    opened_at: str = ""
+    waiting: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = ["Connections of your code belong to no pool."]
+        if self.opened:
+            told.append(f"{self.opened_at}, opened {self.opened} of them.")
+        if self.at_once:
+            told.append(f"The server's own list had {self.at_once} at once.")
+        return " ".join(told)
 
 
 @dataclass(kw_only=True)
 class Unpooled(Evidence):
-    """The evidence of code that has pools: how many connections it made `past_the_pools`, and from which line."""
+    """The evidence of code that is to use the pools that it was lent, and no other connections."""
 
-    past_the_pools: int
-    past_the_pools_at: str
-
-
-class Unpooling:
-    """Watches each socket of this process that connects, until its end."""
-
-    def __init__(self) -> None:
-        self.past_the_pools = 0
-        self.past_the_pools_at = ""
-        watched = self
-
-        class Socket(socket.socket):
-            def connect(self, address: Any) -> None:
-                watched._hear()
-                super().connect(address)
-
-        socket.socket = Socket  # type: ignore[misc]
-
-    def _hear(self) -> None:
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and not frame.f_code.co_filename.startswith(_SQLALCHEMY):
-            if _is_the_learners(frame):
-                self.past_the_pools += 1
-                self.past_the_pools_at = place((frame.f_code, frame.f_lineno)).short
-                return
-            frame = frame.f_back
+    backends: Backends
 
 
-def _is_the_learners(frame: FrameType) -> bool:
-    """Whether it runs a function of theirs; at the bottom of each stack is the module that runs the check."""
-    return is_learners(frame.f_code.co_filename) and frame.f_code.co_name != "<module>"
+@asynccontextmanager
+async def backends(conditions: Conditions) -> AsyncIterator[Backends]:
+    """Look for connections in no pool, from here to the end of the block; no engine must have connected yet."""
+    noted = Backends()
+    event.listen(DefaultDialect, "do_connect", _mark)
+    _hear(noted, make_url(conditions.url).port or _PORT)
+    connection = await asyncpg.connect(_dsn(conditions), **_SETTINGS)
+    watching = asyncio.create_task(_watch(connection, noted), name=THE_CHECK)
+    try:
+        yield noted
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+        connection.terminate()
+        event.remove(DefaultDialect, "do_connect", _mark)
 
 
-def connects_past_the_pools(run: Recording, seen: Unpooled) -> Iterator[Finding]:
+def of_the_check(conditions: Conditions, size: int) -> asyncpg.Pool:
+    """Connections of the check's own, which look as other processes would."""
+    return asyncpg.create_pool(_dsn(conditions), min_size=size, max_size=size, **_SETTINGS)
+
+
+def blocking_one(conditions: Conditions) -> psycopg.Connection:
+    """A connection of the check's own for code that cannot await; each statement stands for itself."""
+    return psycopg.connect(_dsn(conditions), autocommit=True, application_name=_NAME)
+
+
+_SETTINGS: dict[str, Any] = {"server_settings": {"application_name": _NAME}}
+
+
+def _dsn(conditions: Conditions) -> str:
+    return make_url(conditions.url).set(drivername="postgresql").render_as_string(False)
+
+
+def _mark(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
+    """Give each connection of an engine the check's name, whoever made the engine: those it tells otherwise."""
+    if dialect.driver == "asyncpg":
+        parameters = parameters.setdefault("server_settings", {})
+    parameters["application_name"] = _NAME
+
+
+def _hear(noted: Backends, port: int) -> None:
+    """Note who connects to the server, until the process ends: a hook cannot be taken away."""
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.connect" and _port(arguments[1]) == port:
+            frame = _opens(sys._getframe(1))
+            if frame is not None:
+                noted.opened += 1
+                noted.opened_at = place((frame.f_code, frame.f_lineno)).short
+
+    sys.addaudithook(hear)
+
+
+def _port(address: Any) -> int | None:
+    return address[1] if isinstance(address, tuple) else None
+
+
+def _opens(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of the learner's that connects by no engine; of a pool of another kind there may be none."""
+    while frame is not None and not frame.f_code.co_filename.startswith(_SQLALCHEMY):
+        # At the bottom of each stack is the module that runs the check.
+        if is_learners(frame.f_code.co_filename) and frame.f_code.co_name != "<module>":
+            return frame
+        frame = frame.f_back
+    return None
+
+
+async def _watch(connection: asyncpg.Connection, noted: Backends) -> None:
+    strangers: set[int] = set()  # of the look before: what is just being made has no name yet
+    is_ours: dict[int, bool] = {}  # by the number of the server's process: others use it as well
+    while True:
+        rows = await connection.fetch(_LIST)
+        before, strangers = strangers, {row["pid"] for row in rows if row["name"] != _NAME}
+        if strangers - is_ours.keys():
+            ports = {each.laddr.port for each in psutil.Process().net_connections("tcp")}
+            for row in rows:
+                is_ours.setdefault(row["pid"], row["client_port"] in ports)
+        past = sum(is_ours[number] for number in strangers & before)
+        noted.at_once = max(noted.at_once, past)
+        noted.waiting.append(sum(row["waits"] for row in rows if row["name"] == _NAME))
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def connects_past_the_pools(misconception: str) -> Rule[Unpooled]:
+    """For tasks that need no connection but those that are lent."""
+
+    def rule(run: Recording, seen: Unpooled) -> Iterator[Finding]:
+        if seen.backends.opened or seen.backends.at_once:
+            yield Finding(misconception, str(seen.backends))
+
+    return rule
+
+
+def connects_without_a_limit(run: Recording, seen: Unpooled) -> Iterator[Finding]:
     """Again and again, which nothing limits; one that is kept, or a few in a pool of another kind, have a limit."""
-    if seen.past_the_pools > run.announced // 2:
-        yield Finding(
-            "engine-per-call",
-            f"{seen.past_the_pools_at}, opened {seen.past_the_pools} connections past every pool.",
-        )
+    if max(seen.backends.opened, seen.backends.at_once) > run.announced // 2:
+        yield Finding("engine-per-call", str(seen.backends))

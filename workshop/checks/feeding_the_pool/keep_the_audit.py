@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import asyncpg
 from sqlalchemy import delete, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -20,6 +19,7 @@ from workshop.checks.lent import Conditions, forget_orders, own_households
 from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
 from workshop.checks.rules import another_pool, changes_the_pool
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, connects_past_the_pools, of_the_check
 from workshop.shop import AuditEntry, Order
 
 _PLACED = "SELECT count(*) FROM orders WHERE household_id = $1"
@@ -92,9 +92,8 @@ async def charge_cards(
     charged, early = Counter[int](), set[int]()
     # Not at all of them: that would slow down the orders, and what runs beside them would be done in time by chance.
     looked_at = {customers[number] for number in range(0, orders, 6)}
-    url = shop.url.set(drivername="postgresql").render_as_string(hide_password=False)
     nesting, written = Nesting(shop, log), Written(shop, log)
-    async with asyncpg.create_pool(url, min_size=1, max_size=1) as others:
+    async with backends(conditions) as server, of_the_check(conditions, 1) as others:
 
         async def charge(number: int) -> bool:
             charged[number] += 1
@@ -123,6 +122,7 @@ async def charge_cards(
     return Charges(
         **vars(noted),
         **nesting.noted(),
+        backends=server,
         done=len(accepted.intersection(placed)) + len(declined),
         accepted=len(accepted),
         declined=len(declined),
@@ -208,7 +208,12 @@ keep_the_audit = Task(
         {"orders": 60, "capacity": 10, "audit": 2},
         {"orders": 20, "capacity": 1, "audit": 1},
     ),
-    rules=(changes_the_pool, another_pool, *ONE_AT_A_TIME),
+    rules=(
+        changes_the_pool,
+        another_pool,
+        connects_past_the_pools("another-pool"),
+        *ONE_AT_A_TIME,
+    ),
     demands=(one_charge_each, one_entry_each),
     proof=prove,
     hints=(

@@ -19,6 +19,7 @@ from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
 from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import ENGINES
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, connects_without_a_limit
 from workshop.shop import Product
 
 _END_OF_THE_RANGE = 18_292_004  # six products are behind it
@@ -56,7 +57,7 @@ async def show_shelves(
         shown[number] = await shelf(sessions, skus[number])
 
     nesting = Nesting(engine)
-    async with evidence(conditions, engine) as noted:
+    async with backends(conditions) as server, evidence(conditions, engine) as noted:
         await storm(partial(show, async_sessionmaker(engine)), calls)
     await engine.dispose()
     right, another = 0, None
@@ -73,7 +74,7 @@ async def show_shelves(
                 right += 1
             elif number in shown and another is None:
                 another = another_answer(f"shelf(Session, {sku})", shown[number], expected)
-    return Shelves(**vars(noted), **nesting.noted(), done=right, another=another)
+    return Shelves(**vars(noted), **nesting.noted(), backends=server, done=right, another=another)
 
 
 def _run_first(statement: str, connection: Any, entry: ConnectionPoolEntry) -> None:
@@ -106,7 +107,7 @@ enrich_in_parallel = Task(
         {"calls": 30, "capacity": 10, "first": 1_000_000},
         {"calls": 12, "capacity": 1, "first": 870_000, "to_the_end": True},
     ),
-    rules=(*ENGINES, *ONE_AT_A_TIME),
+    rules=(*ENGINES, connects_without_a_limit, *ONE_AT_A_TIME),
     demands=(demands,),
     proof=prove,
     hints=(

@@ -17,6 +17,7 @@ from workshop.checks.lent import Conditions, connections, forget_orders, own_hou
 from workshop.checks.nesting import ONE_AT_A_TIME, Nested, Nesting
 from workshop.checks.rules import ENGINES, forgets_to_commit
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, connects_without_a_limit
 from workshop.shop import Order, OrderLine, Product
 
 
@@ -70,7 +71,7 @@ async def place_orders(
     """Place so many orders at once."""
     engine, customers = conditions.engine(capacity), own_households()
     nesting, halves = Nesting(engine), Halves(engine)
-    async with evidence(conditions, engine) as noted:
+    async with backends(conditions) as server, evidence(conditions, engine) as noted:
         sessions = async_sessionmaker(engine)
         await storm(lambda number: place_order(sessions, customers[number], sku), orders)
     await engine.dispose()
@@ -84,6 +85,7 @@ async def place_orders(
     return Orders(
         **vars(noted),
         **nesting.noted(),
+        backends=server,
         halves=halves.count,
         households=len(set(placed)),
         placed=len(placed),
@@ -147,7 +149,7 @@ reuse_the_session = Task(
         {"orders": 60, "capacity": 10, "sku": 1082185},
         {"orders": 20, "capacity": 1, "sku": 1029743},
     ),
-    rules=(*ENGINES, *ONE_AT_A_TIME),
+    rules=(*ENGINES, connects_without_a_limit, *ONE_AT_A_TIME),
     demands=(forgets_to_commit, demands, needless_door),
     proof=prove,
     hints=(

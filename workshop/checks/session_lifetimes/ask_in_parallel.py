@@ -15,7 +15,6 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections
 from workshop.checks.rules import USE_OF_POOLS, another_pool, lock_without_an_end
-from workshop.checks.session_lifetimes.backends import backends, past_the_pool
 from workshop.checks.session_lifetimes.calls import (
     Holds,
     Seen,
@@ -25,6 +24,7 @@ from workshop.checks.session_lifetimes.calls import (
     unless_raised,
 )
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, connects_past_the_pools
 from workshop.shop import Sale
 
 _AT_ONCE = 3
@@ -94,7 +94,7 @@ async def show_reports(
         finally:
             holds.end(number)
 
-    async with backends(engine) as server:
+    async with backends(conditions) as server:
         async with engine.connect() as connection:
             some = {sku: int(count) for sku, count in await connection.execute(sold.limit(400))}
         await engine.dispose()
@@ -112,7 +112,7 @@ async def show_reports(
     refused |= failing & holds.failed
     return Reports(
         **vars(noted),
-        past_the_pool=server.past_the_pool,
+        backends=server,
         raised=raised,
         done=len(expected) - len(wrong) + len(told),
         right=len(expected) - len(wrong),
@@ -252,7 +252,7 @@ ask_in_parallel = Task(
         lock_without_an_end,
         *USE_OF_POOLS,
         another_pool,
-        past_the_pool,
+        connects_past_the_pools("another-pool"),
         takes_the_whole_pool,
     ),
     demands=(demands,),

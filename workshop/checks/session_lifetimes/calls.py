@@ -19,6 +19,7 @@ from ormscope.lab import Recording
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
 from workshop.checks.rules import Rule
+from workshop.checks.unpooled import Unpooled
 
 current_call: ContextVar[int | None] = ContextVar("call", default=None)
 """The number of the call that is at work; the tasks that a call starts inherit it."""
@@ -28,13 +29,12 @@ _LIBRARIES = {"asyncio", "asyncpg", "fastapi", "greenlet", "sqlalchemy", "starle
 
 
 @dataclass(kw_only=True)
-class Seen(Evidence):
-    """The evidence of exercise 06: `past_the_pool` is the most connections that the learner's code had in no pool.
+class Seen(Unpooled):
+    """The evidence of exercise 06.
 
-    `raised` says whether it raised an exception of its own, which then explains whatever else was seen.
+    `raised` says whether the learner's code raised an exception of its own, which explains whatever else was seen.
     """
 
-    past_the_pool: int = 0
     raised: bool = False
 
 

@@ -29,7 +29,6 @@ from workshop.checks.rules import (
     retries,
     swallows_the_timeout,
 )
-from workshop.checks.session_lifetimes.backends import backends, of_the_check, past_the_pool
 from workshop.checks.session_lifetimes.browser import News, Tab
 from workshop.checks.session_lifetimes.calls import (
     Holds,
@@ -43,6 +42,7 @@ from workshop.checks.session_lifetimes.calls import (
 )
 from workshop.checks.task import Task, Trials
 from workshop.checks.unheard import is_learners
+from workshop.checks.unpooled import backends, connects_past_the_pools, of_the_check
 from workshop.shop import Order
 
 _STATUSES = ("new", "packed", "sent")
@@ -132,7 +132,7 @@ async def open_tabs(
             _leave_the_framework_out(error)
             raise
 
-    async with backends(engine) as server, of_the_check(engine, 1) as others:
+    async with backends(conditions) as server, of_the_check(conditions, 1) as others:
         async with engine.begin() as connection:
             made = [{"household_id": household} for household in customers[:tabs]]
             orders = list(await connection.scalars(insert(Order).returning(Order.id), made))
@@ -170,7 +170,7 @@ async def open_tabs(
     quick = [page for page in pages if page.most_read is None and page not in early]
     return Pages(
         **vars(noted),
-        past_the_pool=server.past_the_pool,
+        backends=server,
         raised=raised,
         done=sum(page.events[:1] == ["new"] for page in openers),
         openers=len(openers),
@@ -342,7 +342,7 @@ follow_an_order = Task(
     rules=unless_raised(
         *ENGINES,
         another_pool,
-        past_the_pool,
+        connects_past_the_pools("another-pool"),
         holds_while_it_waits,
         one_session_many_tasks,
         one_at_a_time,

@@ -26,7 +26,6 @@ from workshop.checks.rules import (
     one_session_many_tasks,
     retries,
 )
-from workshop.checks.session_lifetimes.backends import backends, blocking_one, past_the_pool
 from workshop.checks.session_lifetimes.calls import (
     Seen,
     close_sessions,
@@ -36,6 +35,7 @@ from workshop.checks.session_lifetimes.calls import (
     unless_raised,
 )
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, blocking_one, connects_past_the_pools
 from workshop.shop import ExportJob
 
 _TURNS = 4  # that customers may have to wait, in units of the capacity; fair is one or two
@@ -102,7 +102,7 @@ class Turns:
     customer's question and the connection.
     """
 
-    def __init__(self, engine: AsyncEngine, known: Collection[int]) -> None:
+    def __init__(self, conditions: Conditions, engine: AsyncEngine, known: Collection[int]) -> None:
         self.exports: dict[int, list[int | None]] = {}
         self.unfinished = 0
         self.done_before = 0
@@ -113,7 +113,7 @@ class Turns:
         self._come_after = len(known) // 10
         self._turns = 0
         self._before: dict[int | None, int] = {}
-        self._database = blocking_one(engine)
+        self._database = blocking_one(conditions)
         event.listen(engine.sync_engine, "checkout", self._checked_out)
         event.listen(engine.sync_engine, "before_cursor_execute", self._note_done)
 
@@ -178,13 +178,13 @@ async def work_and_ask(
         )
         for _ in range(count)
     ]
-    async with backends(engine) as server:
+    async with backends(conditions) as server:
         async with engine.begin() as connection:
             await connection.execute(insert(ExportJob), made)
             before = {job.id: job for job in await connection.execute(columns)}
         # All connections are there from the beginning: to make one takes longer than a job.
         await asyncio.gather(*(_touch(engine) for _ in range(workers)))
-        turns, pauses = Turns(engine, before.keys()), Pauses()
+        turns, pauses = Turns(conditions, engine, before.keys()), Pauses()
         left, failed, raised = workers, 0, False
 
         async def work_or_ask(number: int) -> None:
@@ -222,7 +222,7 @@ async def work_and_ask(
     exports = turns.exports
     return Jobs(
         **vars(noted),
-        past_the_pool=server.past_the_pool,
+        backends=server,
         raised=raised,
         workers=workers,
         asked=len(asked),
@@ -351,7 +351,7 @@ let_others_in = Task(
     rules=unless_raised(
         *ENGINES,
         another_pool,
-        past_the_pool,
+        connects_past_the_pools("another-pool"),
         wrong_way_of_working,
         one_session_many_tasks,
         retries,

@@ -22,7 +22,6 @@ from workshop.checks.rules import (
     expired_objects,
     lock_without_an_end,
 )
-from workshop.checks.session_lifetimes.backends import backends, of_the_check, past_the_pool
 from workshop.checks.session_lifetimes.calls import (
     Holds,
     Seen,
@@ -34,6 +33,7 @@ from workshop.checks.session_lifetimes.calls import (
 )
 from workshop.checks.session_lifetimes.provider import Provider, UnansweredError
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import backends, connects_past_the_pools, of_the_check
 from workshop.payment import Declined
 from workshop.shop import Order
 
@@ -92,7 +92,8 @@ async def pay_orders(
     pay: Callable[..., Any], conditions: Conditions, *, orders: int, capacity: int
 ) -> Payments:
     """Pay so many orders, each of them twice at once, and some that nobody owes; after that some that go wrong."""
-    engine, customers = conditions.engine(capacity), own_households()
+    # A shop has so many orders that each is found by its key: else a SERIALIZABLE payment fails for its neighbours.
+    engine, customers = conditions.engine(capacity, enable_seqscan="off"), own_households()
     ours = Order.household_id.between(customers[0], customers[-1])
     found = select(Order.id, Order.household_id, Order.status).where(ours).order_by(Order.id)
     new_ones = orders + _UNANSWERED + _GIVEN_UP + _NOT_CLICKED
@@ -105,11 +106,7 @@ async def pay_orders(
     holds = Holds(engine)
     event.listen(engine.sync_engine, "before_cursor_execute", partial(_note_paid, written))
     event.listen(Order.status, "set", partial(_note_detached, written))
-    # A shop has so many orders that each is found by its key: else a SERIALIZABLE payment fails for its neighbours.
-    async with (
-        backends(engine, enable_seqscan="off") as server,
-        of_the_check(engine, 2) as others,
-    ):
+    async with backends(conditions) as server, of_the_check(conditions, 2) as others:
         async with engine.begin() as connection:
             await connection.execute(insert(Order), made)
             before = (await connection.execute(found)).all()
@@ -182,7 +179,7 @@ async def pay_orders(
     right |= {number for number in not_owed if not charged[number] and number not in touched}
     return Payments(
         **vars(noted),
-        past_the_pool=server.past_the_pool,
+        backends=server,
         raised=raised,
         done=sum(number in right for number in clicks),
         held=provider.held,
@@ -390,7 +387,7 @@ pay_without_a_connection = Task(
         *USE_OF_POOLS,
         expired_objects,
         another_pool,
-        past_the_pool,
+        connects_past_the_pools("another-pool"),
         asks_for_too_long_or_twice,
         holds_while_it_waits,
     ),

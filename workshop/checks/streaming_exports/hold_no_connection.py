@@ -31,6 +31,7 @@ from workshop.checks.rules import (
 )
 from workshop.checks.streaming_exports.warehouse import BATCH, SMALL, Warehouse
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
 from workshop.shop import Order
 
 GAP = 700  # numbers of orders that are not the job's, in a row
@@ -38,21 +39,20 @@ NEW = 600  # orders that are placed before the warehouse refuses
 
 
 @dataclass(kw_only=True)
-class Deliveries(Read):
+class Deliveries(Read, Unpooled):
     """What was delivered of so many `orders`.
 
     `told` says whether a refusal of the warehouse was reported, and `retried` how many orders were handed over again
-    after it. `held` says whether a connection was out during a delivery, `past_the_pool` how often there was one that
-    is not of the pool, and `at_once` how many deliveries were under way at once. `largest` is the largest batch;
-    `twice` is how many orders came again, `strange` how many nobody asked for, `deleted` how many rows the job has
-    deleted, `stale` how many orders had been cancelled two batches before; `missing` how many never came, `between`
-    how many of these lie between others that did, and `lack` what all of them have in common, in words.
+    after it. `held` says whether a connection was out during a delivery, and `at_once` how many deliveries were under
+    way at once. `largest` is the largest batch; `twice` is how many orders came again, `strange` how many nobody
+    asked for, `deleted` how many rows the job has deleted, `stale` how many orders had been cancelled two batches
+    before; `missing` how many never came, `between` how many of these lie between others that did, and `lack` what
+    all of them have in common, in words.
     """
 
     told: bool
     retried: int
     held: bool
-    past_the_pool: int
     at_once: int
     orders: int
     delivered: int
@@ -101,7 +101,7 @@ async def deliver_orders(
             told = True
 
     with reading(nightly, engine) as noted_of_reading:
-        async with evidence(conditions, engine) as noted:
+        async with backends(conditions) as server, evidence(conditions, engine) as noted:
             sessions = async_sessionmaker(engine)
             ends = await storm(job, 1)
             await warehouse.close()
@@ -127,7 +127,7 @@ async def deliver_orders(
         told=told,
         retried=sum(count > 1 for count in refused.values()),
         held=warehouse.held,
-        past_the_pool=warehouse.past_the_pool,
+        backends=server,
         at_once=warehouse.at_once,
         orders=len(wanted),
         delivered=len(delivered),
@@ -173,11 +173,6 @@ def _in_common(missing: list[Any], delivered: list[Any], households: range) -> s
 
 def holds_while_it_waits(run: Recording, seen: Deliveries) -> Iterator[Finding]:
     """A connection that waits for somebody else's API."""
-    if seen.past_the_pool > 1:
-        yield Finding(
-            "another-pool",
-            "While deliver ran, your process had a connection to the server that is not of the shop's pool.",
-        )
     if seen.at_once > 1:
         yield Finding(
             "batches-at-once",
@@ -256,7 +251,7 @@ def prove(trials: Trials[Deliveries]) -> str:
     )
 
 
-hold_no_connection = Task(
+hold_no_connection: Task[Deliveries] = Task(
     "04",
     "hold_no_connection",
     "nightly",
@@ -265,6 +260,7 @@ hold_no_connection = Task(
     rules=(
         changes_the_pool,
         another_pool,
+        connects_past_the_pools("another-pool"),
         collects_garbage,
         yield_per_without_a_stream,
         cursor_without_transaction,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import psutil
 from sqlalchemy import delete, event, insert
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from workshop.shop import Order
 
@@ -21,18 +20,15 @@ _API_SECONDS = 0.02  # that the API takes for a batch, and
 _CUSTOMERS_SECONDS = 0.06  # more at most, until the customers have done what they want
 _CUSTOMERS = "customers"
 _AT_ONCE = 20
-_LOOKS = 4  # at the connections of this process
-_PORT = 5432  # PostgreSQL's own
 
 
 class Warehouse:
     """The slow API of somebody else; while it takes a batch, customers cancel some of `orders` and place new ones.
 
-    `batches` are the numbers of all orders that were delivered, and `cancelled` has for each order that was
-    cancelled how many batches there were by then; `placed` are the new ones, and `archived` the rows of those that were
-    delivered. `held` says whether the job had a connection during a delivery,
-    `past_the_pool` how often this process then had one that is not of the pool, and `at_once` how many deliveries
-    were under way at the same time, at most. `refused` are the batches that came after `refuses` was set.
+    `batches` are the numbers of all orders that were delivered, and `cancelled` has for each order that was cancelled
+    how many batches there were by then; `placed` are the new ones, and `archived` the rows of those that were
+    delivered. `held` says whether the job had a connection during a delivery, and `at_once` how many deliveries were
+    under way at the same time, at most. `refused` are the batches that came after `refuses` was set.
     """
 
     def __init__(self, engine: AsyncEngine, orders: list[int], household: int) -> None:
@@ -41,7 +37,6 @@ class Warehouse:
         self.placed: set[int] = set()
         self.archived: set[int] = set()
         self.held = False
-        self.past_the_pool = 0
         self.at_once = 0
         self.refuses = False
         self.refused: list[list[int]] = []
@@ -64,8 +59,6 @@ class Warehouse:
             raise ConnectionError("the warehouse does not answer")
         self.batches.append(numbers)
         self.held = self.held or bool(self._holding)
-        if len(self.batches) <= _LOOKS:
-            self.past_the_pool += self._connections() > _open_in(self._engine)
         self._under_way += 1
         self.at_once = max(self.at_once, self._under_way)
         try:
@@ -80,15 +73,6 @@ class Warehouse:
             await asyncio.sleep(_API_SECONDS)
         finally:
             self._under_way -= 1
-
-    def _connections(self) -> int:
-        """How many connections to the server this process has, whoever made them."""
-        port = self._engine.url.port or _PORT
-        return sum(
-            bool(connection.raddr) and connection.raddr.port == port
-            for connection in psutil.Process().net_connections("tcp")
-            if connection.status == psutil.CONN_ESTABLISHED
-        )
 
     async def close(self) -> None:
         """Wait until the last customer has left."""
@@ -120,11 +104,6 @@ class Warehouse:
 
     def _checked_in(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         self._holding.discard(entry)
-
-
-def _open_in(engine: AsyncEngine) -> int:
-    pool = cast(QueuePool, engine.pool)
-    return pool.checkedin() + pool.checkedout()
 
 
 def _number(order: Any) -> int:

@@ -12,14 +12,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, cast
 
 import psycopg  # noqa: F401 (its import takes a moment, and would count as a stall of the learner's)
-from sqlalchemy import Engine, create_engine, event, func, select
+from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
@@ -32,6 +32,7 @@ from workshop.checks.rules import (
 )
 from workshop.checks.task import Task, Trials
 from workshop.checks.the_blocked_loop.pulse import pulse
+from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
 from workshop.shop import Sale
 
 _REPORT_SECONDS = 0.1  # that the report takes in PostgreSQL; the exercise says so
@@ -45,17 +46,15 @@ _OTHER_LOOP = ("attached to a different loop", "bound to a different event loop"
 
 
 @dataclass(kw_only=True)
-class Reports(Evidence):
-    """How many reports were asked for `at_once`, how many connections the engines lent for them, how many reports were
-    `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
-    `Pulse`.
+class Reports(Unpooled):
+    """How many reports were asked for `at_once`, how many were `right`, `another` the first that was not, and what the
+    loop's pulse showed meanwhile: see `Pulse`.
 
     `processes` is how many processes the code wanted to start, `disposed` whether an engine has another pool than it
     had, and `still_working` how many connections were busy for nobody when all calls had ended.
     """
 
     at_once: int
-    checkouts: int
     right: int
     another: Finding | None
     stood_still: float
@@ -98,11 +97,12 @@ async def ask_for_reports(
     async def ask(number: int) -> None:
         told.append((skus[number], await report(old, shop, skus[number])))
 
-    pools, lent = (shop.pool, old.pool), list[None]()
-    for engine in (shop.sync_engine, old):
-        event.listen(engine, "checkout", lambda *about: lent.append(None))
+    pools = shop.pool, old.pool
     # What is asked of an asynchronous pool is asked of a synchronous one as well.
-    async with evidence(conditions, shop, cast(AsyncEngine, old)) as noted:
+    async with (
+        backends(conditions) as server,
+        evidence(conditions, shop, cast(AsyncEngine, old)) as noted,
+    ):
         with _no_processes() as wished, pulse() as measured:
             await storm(ask, calls)
             if measured.stood_still < _STOOD_STILL and len(told) == calls:
@@ -114,7 +114,7 @@ async def ask_for_reports(
     return Reports(
         **vars(noted),
         at_once=calls,
-        checkouts=len(lent),
+        backends=server,
         right=len(told) - len(others),
         another=next(
             (another_answer(f"report(old, shop, {sku})", row, wanted[sku]) for sku, row in others),
@@ -196,15 +196,6 @@ def disposes_of_an_engine(run: Recording, seen: Reports) -> Iterator[Finding]:
         yield Finding(
             "not-what-was-asked",
             "An engine had another pool afterwards, as dispose() gives it one: both were to stay as they are.",
-        )
-
-
-def connects_past_the_engines(run: Recording, seen: Reports) -> Iterator[Finding]:
-    """Connections of its own, where both pools stay unused."""
-    if seen.right and not seen.checkouts:
-        yield Finding(
-            "past-the-pools",
-            f"{seen.right} reports were made, and neither engine lent a connection for one of them.",
         )
 
 
@@ -308,7 +299,7 @@ free_the_loop = Task(
         disposes_of_an_engine,
         changes_the_pool,
         one_session_many_tasks,
-        connects_past_the_engines,
+        connects_past_the_pools("past-the-pools"),
         one_at_a_time_in_the_background,
         limit_ends_the_thread,
         leaves_it_checked_out,

@@ -15,10 +15,11 @@ from sqlalchemy.pool import NullPool
 
 from ormscope.lab import Recording
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.rules import changes_the_pool
 from workshop.checks.task import Task, Trials
+from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
 from workshop.checks.watching_the_pool.moments import deadlocked, take_a_connection, until
 from workshop.checks.watching_the_pool.scrapes import NUMBERS, TOLERANCE, GaveUpError, Look, Scraped
 
@@ -32,7 +33,7 @@ _ENGINES = 2  # of the shop, and of the nightly job
 
 
 @dataclass(kw_only=True)
-class Day(Evidence):
+class Day(Unpooled):
     """The scrapes of a day, and of the night after it.
 
     `odd` is what was returned instead of a function, and `names` are those in its code.
@@ -68,16 +69,18 @@ async def scrape_a_day(
         metrics,
         create_async_engine(conditions.url, poolclass=NullPool, pool_logging_name="nightly job"),
     )
-    async with evidence(conditions, engine) as noted:
-        with contextlib.suppress(GaveUpError):
-            await shop.begin()
-            await _day(shop, queue)
-    if noted.ended and not shop.gave_up:
-        with contextlib.suppress(GaveUpError):
-            await _evening(shop)
-            await nightly.begin()
-            await _night(nightly)
-    return Day(**vars(noted), looks=shop.looks + nightly.looks, odd=shop.odd, names=shop.names)
+    async with backends(conditions) as server:
+        async with evidence(conditions, engine) as noted:
+            with contextlib.suppress(GaveUpError):
+                await shop.begin()
+                await _day(shop, queue)
+        if noted.ended and not shop.gave_up:
+            with contextlib.suppress(GaveUpError):
+                await _evening(shop)
+                await nightly.begin()
+                await _night(nightly)
+    looks = shop.looks + nightly.looks
+    return Day(**vars(noted), backends=server, looks=looks, odd=shop.odd, names=shop.names)
 
 
 async def _day(shop: Scraped, queue: int) -> None:
@@ -141,15 +144,6 @@ def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
     if took is not None or any("MissingGreenlet" in request.outcome for request in run.requests):
         when = f" {took.when}" if took is not None else ""
         yield Finding("needs-a-connection", f"The scrape{when} asked for a connection of the pool.")
-
-
-def connects(run: Recording, seen: Day) -> Iterator[Finding]:
-    """A scrape that asks the server."""
-    for look in seen.looks:
-        if look.connected:
-            yield Finding(
-                "needs-a-connection", f"The scrape {look.when} opened a connection to the server."
-            )
 
 
 def asks_the_loop(run: Recording, seen: Day) -> Iterator[Finding]:
@@ -341,7 +335,7 @@ measure_the_queue = Task(
         returns_something_else,
         changes_the_pool,
         takes_part,
-        connects,
+        connects_past_the_pools("needs-a-connection"),
         asks_the_loop,
         scrape_without_an_end,
         wrong_numbers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,10 +35,10 @@ class Look:
 
     `out` and `waiting` are numbers, `oldest` the least and the most seconds that whoever waits longest has waited,
     `youngest` and `held` the seconds that whoever came last has waited, and that a connection has been out. `took`
-    says whether the scrape asked the pool for a connection, `connected` whether it connected to a server, `hung`
-    whether it did not end, `on_the_loop` whether what it returned is to be awaited, and `raised` is the class of what
-    it raised. `odd` tells what it returned that is no such numbers, and what it did to the pool or to the scope.
-    `longest_so_far` and `checkouts` are what the scope has counted.
+    says whether the scrape asked the pool for a connection, `hung` whether it did not end, `on_the_loop` whether what
+    it returned is to be awaited, and `raised` is the class of what it raised. `odd` tells what it returned that is no
+    such numbers, and what it did to the pool or to the scope. `longest_so_far` and `checkouts` are what the scope has
+    counted.
     """
 
     moment: str
@@ -52,7 +51,6 @@ class Look:
     longest_so_far: float = 0.0
     checkouts: int = 0
     took: bool = False
-    connected: bool = False
     hung: bool = False
     on_the_loop: bool = False
     raised: str = ""
@@ -92,7 +90,6 @@ class Scraped:
 
     async def begin(self) -> None:
         """Ask for the function that each scrape calls."""
-        sys.addaudithook(_note_connections)  # until the process ends
 
         async def ask(number: int) -> None:
             found = self._metrics(self.engine, self.scope)
@@ -144,7 +141,6 @@ class Scraped:
                 longest_so_far=self.scope.longest_wait,
                 checkouts=self.scope.checkouts,
                 took=self._asked() != before,
-                connected=thread.ident in _connected,
                 hung=not ended,
             )
             self.looks.append(scraped)
@@ -210,15 +206,6 @@ def _names(code: object) -> Iterator[str]:
         yield from code.co_names
         for constant in code.co_consts:
             yield from _names(constant)
-
-
-# The threads in which a connection to a server was begun.
-_connected = set[int]()
-
-
-def _note_connections(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "socket.connect":
-        _connected.add(threading.get_ident())
 
 
 def _checked(told: Any, scraped: Look) -> tuple[dict[str, float] | None, Finding | None]:
