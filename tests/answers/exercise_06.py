@@ -814,6 +814,44 @@ def without_await(Session, changed):
     return app_of(follow)
 
 
+def five_times_a_second(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            shown = None
+            while True:
+                if (status := await look(number)) != shown:
+                    shown = status
+                    yield f"data: {status}\n\n"
+                await asyncio.sleep(0.2)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
+def no_news_for_a_moment(Session, changed):
+    look = looks(Session)
+
+    async def follow(number: int):
+        if await look(number) is None:
+            raise HTTPException(404)
+
+        async def events():
+            while True:
+                yield f"data: {await look(number)}\n\n"
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed(number), 0.2)
+
+        return stream(events())
+
+    return app_of(follow)
+
+
 def news_first(Session, changed):
     look = looks(Session)
 
@@ -1395,6 +1433,8 @@ ANSWERS = {
             (connection_for_each_page, "another-pool"),
             (known_statuses, "remembers-for-others"),
             (without_await, "asks-all-the-time"),
+            (five_times_a_second, "asks-all-the-time"),
+            (no_news_for_a_moment, "asks-all-the-time"),
             (news_first, "not-what-was-asked"),
             (never_not_found, "not-what-was-asked"),
             (task_that_nobody_ends, "fire-and-forget"),

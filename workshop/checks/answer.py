@@ -51,6 +51,13 @@ def function_of(answer: Any) -> FunctionType | None:
     return answer if isinstance(answer, FunctionType) else None
 
 
+def replace_names(answer: Any, old: object, new: object) -> None:
+    """Give the notebook's names for `old` to `new`, for the code of an answer: `from time import monotonic` is one."""
+    function = function_of(answer)
+    names = {} if function is None else function.__globals__
+    names |= {name: new for name, value in names.items() if value is old}
+
+
 def is_attempted(exercise: str, answer: Any) -> bool:
     """Whether the function, or a function of the notebook that it calls, differs from what was given."""
     if not isinstance(answer, FunctionType):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import re
 import time
@@ -56,7 +55,7 @@ class Evidence:
     before a lock or semaphore of the learner's own, and `sleeps_at` and `queues_at` where; `sharers` those that
     wanted a connection which another task was just using. `tampered` says whether a pool that was lent to the code
     came back changed, `left_checked_out` how many of their connections did not come back, `left_running` how many
-    tasks the code left behind, and `collections` how many full garbage collections there were.
+    tasks the code left behind.
 
     `crowd` is the last verdict on a lent pool at which somebody had waited for a third of the pool's timeout;
     `standing` where the learner's tasks stood when the load was cancelled, with how many stood there. `committed` and
@@ -73,7 +72,6 @@ class Evidence:
     tampered: bool = False
     left_checked_out: int = 0
     left_running: int = 0
-    collections: int = 0
     crowd: Verdict | None = None
     standing: Counter[str] = field(default_factory=Counter)
     committed: int = 0
@@ -103,10 +101,6 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
         end.enter_context(_transactions(engine, noted))
     before = [_settings(engine) for engine in engines]
 
-    def count(phase: str, info: dict[str, int]) -> None:
-        noted.collections += phase == "start" and info["generation"] == 2
-
-    gc.callbacks.append(count)
     known = asyncio.all_tasks()
     watcher = asyncio.create_task(_watch(noted, scopes, conditions), name=THE_CHECK)
     try:
@@ -118,7 +112,6 @@ async def evidence(conditions: Conditions, *engines: AsyncEngine) -> AsyncIterat
         noted.ended = False
     finally:
         watcher.cancel()
-        gc.callbacks.remove(count)
         noted.tampered = before != [_settings(engine) for engine in engines]
         noted.left_checked_out = sum(cast(QueuePool, pool).checkedout() for pool in pools)
         left = asyncio.all_tasks() - known - {watcher}

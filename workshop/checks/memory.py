@@ -20,14 +20,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ormscope.lab import Recording
 from ormscope.places import place
+from workshop.checks.answer import replace_names
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
 from workshop.checks.unheard import is_learners
 
+LARGEST_BATCH = 5_000
+"""How many rows a task's code may have at once."""
 SAMPLED_SECONDS = 0.2
 """How long a load stands still after each call: memory is looked at every 20 ms, on a busy machine less often."""
 _COLLECTIONS = 3  # that are really made for the learner's code; the rest are counted, for each takes 10 ms and more
-_PAGE = re.compile(r"\bOFFSET\b|\bid >=? .*\bLIMIT\b", re.DOTALL)
+_PAGE = re.compile(r"\bOFFSET\b|\bid (>=?|BETWEEN) .*\bLIMIT\b", re.DOTALL)
+_ADDS_UP = re.compile(r"\bsum\s*\(|\bGROUP BY\b", re.IGNORECASE)
 _FEW_PAGES = 2
 _READ_AT_ONCE = "with a server-side cursor"  # of AsyncMethodRequired
 T = TypeVar("T")
@@ -35,17 +39,25 @@ T = TypeVar("T")
 
 @dataclass
 class Reading:
-    """What is noted of how code reads: how many rows it had at once, at most, of a query or a stream in one piece.
+    """What is noted of how code reads: the most rows that it had at once of a query, a stream in one piece, a batch.
 
     `streams` is how many results it began to stream, `unordered` how often it asked for a page, by OFFSET or behind a
-    number, by one statement without ORDER BY, and `collected_at` where it first called the garbage collector.
+    number, by one statement without ORDER BY, `added` whether a statement let the database group or add up, and
+    `collected_at` where it first called the garbage collector.
     """
 
     queried: int = 0
     streamed: int = 0
+    batch: int = 0
     streams: int = 0
     unordered: int = 0
+    added: bool = False
     collected_at: str = ""
+
+    @property
+    def in_one_go(self) -> int:
+        """The most lines that SQLAlchemy made into objects or rows without a pause."""
+        return max(self.queried, self.streamed, self.batch)
 
 
 @dataclass(kw_only=True)
@@ -59,6 +71,7 @@ def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading
     noted, calls, pages = Reading(), 0, Counter[str]()
     collect = gc.collect
     fetch_all: Callable[[Any], Any] = AsyncAdapt_asyncpg_ss_cursor.fetchall
+    fetch_many: Callable[..., Any] = AsyncAdapt_asyncpg_ss_cursor.fetchmany
 
     def note_collection(generation: int = 2) -> int:
         nonlocal calls
@@ -71,25 +84,44 @@ def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading
         noted.streamed = max(noted.streamed, len(rows))
         return rows
 
+    def note_batch(cursor: Any, size: int | None = None) -> Any:
+        rows = fetch_many(cursor, size)
+        noted.batch = max(noted.batch, len(rows))
+        return rows
+
     def note_query(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("SELECT"):
+        if cursor.description is not None:
             noted.queried = max(noted.queried, cursor.rowcount)
             noted.streams += cursor.rowcount < 0  # a server-side cursor does not know it yet
+        note_sum(statement)
         if _PAGE.search(statement) and "ORDER BY" not in statement:
             pages[statement] += 1
             noted.unordered = max(pages.values())
 
+    def note_sum(statement: str) -> None:
+        noted.added = noted.added or bool(_ADDS_UP.search(statement))
+
+    def note_logged(logged: Any) -> None:
+        note_sum(logged.query)
+
+    def listen_to_the_driver(connection: Any, *_: Any) -> None:
+        """What is asked of the driver itself passes SQLAlchemy by."""
+        connection.driver_connection.add_query_logger(note_logged)
+
+    event.listen(engine.sync_engine, "checkout", listen_to_the_driver)
     event.listen(engine.sync_engine, "after_cursor_execute", note_query)
-    # A server-side cursor that is read in one piece: SQLAlchemy has no event for it.
+    # How a server-side cursor is read: SQLAlchemy has no event for it.
     AsyncAdapt_asyncpg_ss_cursor.fetchall = note_streamed  # type: ignore[method-assign]
+    AsyncAdapt_asyncpg_ss_cursor.fetchmany = note_batch  # type: ignore[method-assign]
     gc.collect = note_collection
-    names = answer.__globals__
-    names |= {name: note_collection for name, value in names.items() if value is collect}
+    replace_names(answer, collect, note_collection)
     try:
         yield noted
     finally:
+        event.remove(engine.sync_engine, "checkout", listen_to_the_driver)
         event.remove(engine.sync_engine, "after_cursor_execute", note_query)
         gc.collect = collect
+        AsyncAdapt_asyncpg_ss_cursor.fetchmany = fetch_many  # type: ignore[method-assign]
         AsyncAdapt_asyncpg_ss_cursor.fetchall = fetch_all  # type: ignore[method-assign]
 
 
@@ -173,6 +205,15 @@ def yield_per_without_a_stream(run: Recording, seen: Evidence | None) -> Iterato
         )
 
 
+def reads_a_stream_in_one_piece(run: Recording, seen: Read) -> Iterator[Finding]:
+    """A stream that was not read in batches."""
+    if seen.streamed > LARGEST_BATCH:
+        yield Finding(
+            "stream-without-yield-per",
+            f"A stream was read in one piece: {seen.streamed:,} rows at once.",
+        )
+
+
 def pages_without_order(run: Recording, seen: Read) -> Iterator[Finding]:
     """Pages of rows that come in no order, so that one need not begin where another ends."""
     if seen.unordered > _FEW_PAGES:
@@ -180,6 +221,12 @@ def pages_without_order(run: Recording, seen: Read) -> Iterator[Finding]:
             "no-order-by",
             f"Your code asked for {seen.unordered:,} pages (LIMIT) by a statement without ORDER BY.",
         )
+
+
+def added_by_the_database(run: Recording, seen: Read) -> Iterator[Finding]:
+    """Lines that never come to Python."""
+    if seen.added:
+        yield Finding("added-by-the-database", "Your statement groups or adds up lines itself.")
 
 
 def collects_garbage(run: Recording, seen: Read) -> Iterator[Finding]:

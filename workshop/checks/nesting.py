@@ -134,7 +134,7 @@ def asks_while_it_holds(run: Recording, seen: Nested) -> Iterator[Finding]:
     if seen.nested_in_a_task:
         yield Finding("children-count-too", evidence)
     if seen.queuers:
-        yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
+        yield Finding("door-for-one-size", f"{evidence} Others waited at {seen.queues_at}.")
     yield Finding("holds-and-waits", evidence)
 
 

@@ -70,10 +70,10 @@ def engine_per_call(run: Recording, seen: Evidence) -> Iterator[Finding]:
 
 
 def bigger_pool(run: Recording, seen: Evidence) -> Iterator[Finding]:
-    """A pool of its own for all the work is only a larger one; for the inner work it is a remedy."""
-    own, lent = own_pools(run, seen), run.pools[0]
-    if own and lent.most_checked_out <= 1 < (lent.capacity or 0):
-        total = sum(pool.capacity or 0 for pool in own)
+    """A larger pool of its own for all the work; for the inner work, beside the one that was lent, it is a remedy."""
+    lent = run.pools[0]
+    capacity, total = lent.capacity or 0, sum(pool.capacity or 0 for pool in own_pools(run, seen))
+    if total > capacity and lent.most_checked_out < min(2, capacity):
         yield Finding(
             "bigger-pool",
             f"Your code made an engine of its own, with {total} connections, and did all its work there.",
@@ -115,7 +115,7 @@ def one_at_a_time(run: Recording, seen: Evidence) -> Iterator[Finding]:
     if seen.ended and seen.queuers > run.announced // 2 and few:
         yield Finding(
             "one-at-a-time",
-            f"Nearly all calls stood before {seen.queues_at}, while at most"
+            f"Nearly all calls waited at {seen.queues_at}, while at most"
             f" {pool.most_checked_out} of {pool.capacity} connections were in use.",
         )
 
@@ -123,7 +123,7 @@ def one_at_a_time(run: Recording, seen: Evidence) -> Iterator[Finding]:
 def lock_without_an_end(run: Recording, seen: Evidence) -> Iterator[Finding]:
     """Where a load stands before a lock, it may not come to its end at all, although it moves."""
     if run.completed and seen.queuers > run.announced // 2 and not seen.ended:
-        yield Finding("one-at-a-time", f"Nearly all calls stood before {seen.queues_at}.")
+        yield Finding("one-at-a-time", f"Nearly all calls waited at {seen.queues_at}.")
 
 
 def swallows_the_timeout(run: Recording, seen: Work) -> Iterator[Finding]:
@@ -131,7 +131,7 @@ def swallows_the_timeout(run: Recording, seen: Work) -> Iterator[Finding]:
     if _hides_timeouts(run) and seen.done < run.completed:
         yield Finding(
             "swallows-the-timeout",
-            "The pool raised TimeoutError, no call reported one, and what those calls were asked for is missing.",
+            "The pool raised TimeoutError, no call reported one, and the work of those calls is missing.",
         )
 
 
@@ -157,7 +157,7 @@ def deadlock(run: Recording, seen: Evidence) -> Iterator[Finding]:
     if stuck:
         evidence = _who_holds_and_waits(verdict, stuck)
         if seen.queuers:
-            yield Finding("door-for-one-size", f"{evidence} Others stood before {seen.queues_at}.")
+            yield Finding("door-for-one-size", f"{evidence} Others waited at {seen.queues_at}.")
         # A waiter without a line of the learner's is a task of SQLAlchemy's own: it closes a session in one.
         children = (holder for holder in stuck if holder.waits and holder.waits.places)
         if any(holder.waits and holder.waits.owner != holder.owner for holder in children):
@@ -257,7 +257,6 @@ def sync_engine_in_async_code(run: Recording, seen: Evidence) -> Iterator[Findin
 ENGINES: tuple[Rule[Evidence], ...] = (changes_the_pool, engine_per_call, bigger_pool)
 LEFT_OVER: tuple[Rule[Evidence], ...] = (fire_and_forget, leaves_it_checked_out)
 USE_OF_POOLS: tuple[Rule[Work], ...] = (
-    *ENGINES,
     one_session_many_tasks,
     sleeps,
     one_at_a_time,

@@ -39,8 +39,6 @@ _NOT_OWN = re.compile(
 _CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]
-Trials = Sequence[tuple[Recording, Noted]]
-"""The runs of a right answer, each with what was noted in it."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ class Task(Generic[Noted]):
     `load(answer, conditions, **trial)` is an `async def`. It runs in a fresh process under observation, once for each
     of the `trials` (that is, with other seeds), starts the learner's function through `storm`, and returns what it
     noted. `rules` are what can be wrong with any run, the most telling first; `demands` what the task's text asks
-    of the work besides, for runs in which all calls came to a good end. `proof` is what the runs of a right answer
-    have shown, and `plot` draws the code as it was given beside it. `memory` ends a run that takes too much.
+    of the work besides, for runs in which all calls came to a good end. `proof` is what a run of a right answer
+    has shown, and `plot` draws the code as it was given beside it. `memory` ends a run that takes too much.
 
     A check never raises, and ends within seconds whatever the function does: `load_seconds` after a load began.
     """
@@ -82,7 +80,7 @@ class Task(Generic[Noted]):
         trials: Sequence[dict[str, Any]],
         rules: Sequence[Rule[Noted]],
         demands: Sequence[Rule[Noted]],
-        proof: Callable[[Trials[Noted]], str],
+        proof: Callable[[Recording, Noted], str],
         hints: Sequence[str],
         curves: Sequence[Curve] = ("connections", "requests"),
         plot: Callable[[Recording, Recording], Picture] = Recording.plot,
@@ -176,7 +174,10 @@ class Task(Generic[Noted]):
             if (outcome := self._judged(run)) is not None:
                 return outcome
             runs.append(run)
-        return Outcome("right", self._proof([(run, run.result) for run in runs]), run=runs[0])
+        proofs = [self._proof(run, run.result).splitlines() for run in runs]
+        in_all = [line for line in proofs[0] if all(line in proof for proof in proofs)]
+        of_one = [line for proof in proofs for line in proof if line not in in_all]
+        return Outcome("right", "\n".join(of_one + in_all), run=runs[0])
 
     def _show(self, line: str) -> None:
         """Show what the learner's function prints, as far as anybody reads it: it is called many times."""
@@ -212,10 +213,10 @@ class Task(Generic[Noted]):
             seen = [verdict for pool in run.pools for verdict in (*pool.troubles, pool.last)]
             blocked = [verdict.blocked for verdict in seen if verdict and verdict.blocked]
             where = f": it was blocked in {blocked[-1].short}" if blocked else ""
-            return f"{said}, and the event loop did not come round{where}.{printed}"
+            return f"{said}, and the event loop stood still{where}.{printed}"
         standing = run.result.standing.most_common(_MOST_PLACES)
         where = "; ".join(f"{count} at {place}" for place, count in standing)
-        stood = f"; shortly before, tasks stood here: {where}" if where else ""
+        stood = f"; shortly before, tasks were waiting here: {where}" if where else ""
         return f"{said}{stood}.{printed}"
 
     def _judged(self, run: Recording) -> Outcome | None:

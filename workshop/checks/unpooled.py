@@ -28,7 +28,7 @@ from ormscope.places import place
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import THE_CHECK, Evidence
 from workshop.checks.lent import Conditions
-from workshop.checks.rules import Rule
+from workshop.checks.rules import ENGINES, Rule, another_pool
 from workshop.checks.unheard import is_learners
 
 _LOOK_SECONDS = 0.02
@@ -172,3 +172,11 @@ def connects_without_a_limit(run: Recording, seen: Unpooled) -> Iterator[Finding
     """Again and again, which nothing limits; one that is kept, or a few in a pool of another kind, have a limit."""
     if max(seen.backends.opened, seen.backends.at_once) > run.announced // 2:
         yield Finding("engine-per-call", str(seen.backends))
+
+
+NO_OTHER_CONNECTIONS: tuple[Rule[Unpooled], ...] = (
+    *ENGINES,
+    another_pool,
+    connects_past_the_pools("another-pool"),
+)
+"""For tasks that lend pools and allow no other connections."""

@@ -14,17 +14,16 @@ from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections
-from workshop.checks.rules import USE_OF_POOLS, another_pool, lock_without_an_end
+from workshop.checks.rules import USE_OF_POOLS, lock_without_an_end
 from workshop.checks.session_lifetimes.calls import (
     Holds,
-    Seen,
     current_call,
-    is_own,
-    to_be_told,
+    raise_own,
     unless_raised,
+    within,
 )
-from workshop.checks.task import Task, Trials
-from workshop.checks.unpooled import backends, connects_past_the_pools
+from workshop.checks.task import Task
+from workshop.checks.unpooled import NO_OTHER_CONNECTIONS, Unpooled, backends
 from workshop.shop import Sale
 
 _AT_ONCE = 3
@@ -34,7 +33,7 @@ _NO_PRODUCT = 2**40  # more than the column's type can hold: the query fails
 
 
 @dataclass(kw_only=True)
-class Reports(Work, Seen):
+class Reports(Work, Unpooled):
     """Of so many calls `asked`, how many were `right`, and what another returned `instead`.
 
     Of so many `failing`, `told` raised, and in `refused` the database was asked and refused. `most` is the most
@@ -68,13 +67,12 @@ async def show_reports(
     engine = conditions.engine(capacity)
     sold = select(Sale.sku, func.sum(Sale.quantity)).group_by(Sale.sku).order_by(Sale.sku)
     holds, shown, told, refused = Holds(engine), dict[int, Any](), set[int](), set[int]()
-    failing, raised = {*range(3, calls, 5)}, False
+    failing = {*range(3, calls, 5)}
 
     # Where one query fails, the others are still at work.
     holds.is_slow = lambda call, text: call in failing and str(_NO_PRODUCT) not in text
 
     async def show(number: int) -> None:
-        nonlocal raised
         current_call.set(number)
         asked = _asked(numbers, number, products)
         if number in failing:
@@ -82,12 +80,11 @@ async def show_reports(
         try:
             shown[number] = await report(sessions, asked)
         except Exception as error:  # whatever it makes of a query that failed, it says so
-            if (timeout := _timeout_in(error)) is not None:
-                raise timeout from None
+            for each in within(error):
+                if isinstance(each, PoolTimeoutError):
+                    raise each from None
             if number not in failing:
-                mistake = to_be_told(error)
-                raised = raised or is_own(mistake)
-                raise mistake from mistake.__cause__
+                raise_own(error)
             told.add(number)
             if _is_from_the_database(error):
                 refused.add(number)
@@ -113,7 +110,6 @@ async def show_reports(
     return Reports(
         **vars(noted),
         backends=server,
-        raised=raised,
         done=len(expected) - len(wrong) + len(told),
         right=len(expected) - len(wrong),
         asked=len(expected),
@@ -133,22 +129,12 @@ def _asked(numbers: Sequence[int], number: int, products: int) -> list[int]:
     return [numbers[(number * 7 + index * 3) % len(numbers)] for index in range(products)]
 
 
-def _timeout_in(error: BaseException) -> BaseException | None:
-    """The pool's timeout that an exception is, or has in it."""
-    if isinstance(error, BaseExceptionGroup):
-        return next(filter(None, map(_timeout_in, error.exceptions)), None)
-    return error if isinstance(error, PoolTimeoutError) else None
-
-
 def _is_from_the_database(error: BaseException | None) -> bool:
     """Whether the database, or its driver, has refused, and this came of it."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(_is_from_the_database, error.exceptions))
-    if error is None:
-        return False
-    library = type(error).__module__.partition(".")[0]
-    return library in ("sqlalchemy", "asyncpg") or _is_from_the_database(
-        error.__cause__ or error.__context__
+    return error is not None and any(
+        type(each).__module__.startswith(("sqlalchemy", "asyncpg"))
+        or _is_from_the_database(each.__cause__ or each.__context__)
+        for each in within(error)
     )
 
 
@@ -229,12 +215,11 @@ def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
         )
 
 
-def prove(trials: Trials[Reports]) -> str:
-    """What the runs of a right answer have shown."""
-    return "\n".join(
+def prove(run: Recording, seen: Reports) -> str:
+    """What a run of a right answer has shown."""
+    return (
         f"{seen.right} of {seen.asked} reports right with {connections(run)}, at most {_AT_ONCE} for one call;"
         f" {seen.failing} failed as they should, and left nothing behind."
-        for run, seen in trials
     )
 
 
@@ -250,9 +235,8 @@ ask_in_parallel = Task(
     rules=unless_raised(
         wrong_way_of_asking,
         lock_without_an_end,
+        *NO_OTHER_CONNECTIONS,
         *USE_OF_POOLS,
-        another_pool,
-        connects_past_the_pools("another-pool"),
         takes_the_whole_pool,
     ),
     demands=(demands,),

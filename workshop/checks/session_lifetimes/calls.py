@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, close_all_sessions
@@ -16,10 +16,10 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
 from ormscope.lab import Recording
+from ormscope.tracebacks import outcome_of
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence
-from workshop.checks.rules import Rule
-from workshop.checks.unpooled import Unpooled
+from workshop.checks.rules import Noted, Rule
 
 current_call: ContextVar[int | None] = ContextVar("call", default=None)
 """The number of the call that is at work; the tasks that a call starts inherit it."""
@@ -28,40 +28,35 @@ _SLOW_SECONDS = 0.03
 _LIBRARIES = {"asyncio", "asyncpg", "fastapi", "greenlet", "sqlalchemy", "starlette", "workshop"}
 
 
-@dataclass(kw_only=True)
-class Seen(Unpooled):
-    """The evidence of exercise 06.
-
-    `raised` says whether the learner's code raised an exception of its own, which explains whatever else was seen.
-    """
-
-    raised: bool = False
+def _is_own(outcome: str) -> bool:
+    """Whether an exception, by its class's name, is the learner's own: not of the database, the pool or the check."""
+    is_from_outside = issubclass(getattr(builtins, outcome, Exception), OSError)  # or a timeout
+    return outcome.partition(".")[0] not in _LIBRARIES and not is_from_outside
 
 
-SeenBySome = TypeVar("SeenBySome", bound=Seen)
+def raise_own(error: BaseException) -> NoReturn:
+    """Raise what the learner is to read of an exception: of a group one of their own, or else the first."""
+    told = [*within(error)]
+    own = next((each for each in told if _is_own(outcome_of(each))), told[0])
+    raise own from own.__cause__
 
 
-def is_own(error: BaseException) -> bool:
-    """Whether an exception comes from the learner's code itself: not from the database, the pool or the check."""
-    library = type(error).__module__.partition(".")[0]
-    return library not in _LIBRARIES and not isinstance(error, (TimeoutError, OSError))
+def within(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions of a group, or a single one."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from within(each)
+    else:
+        yield error
 
 
-def to_be_told(error: BaseException) -> BaseException:
-    """The exception that the learner is to read: of a group one of their own, or else the first."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    told = [to_be_told(each) for each in error.exceptions]
-    return next(filter(is_own, told), told[0])
+def unless_raised(*rules: Rule[Noted]) -> tuple[Rule[Noted], ...]:
+    """Rules that say nothing where the learner is to read an exception of their own, which explains what was seen."""
 
-
-def unless_raised(*rules: Rule[SeenBySome]) -> tuple[Rule[SeenBySome], ...]:
-    """Rules that say nothing where the learner is to read an exception of their own."""
-
-    def restrained(rule: Rule[SeenBySome]) -> Rule[SeenBySome]:
+    def restrained(rule: Rule[Noted]) -> Rule[Noted]:
         @wraps(rule)
-        def ask(run: Recording, seen: SeenBySome) -> Iterator[Finding]:
-            if not seen.raised:
+        def ask(run: Recording, seen: Noted) -> Iterator[Finding]:
+            if not any(request.error and _is_own(request.outcome) for request in run.requests):
                 yield from rule(run, seen)
 
         return ask
@@ -88,9 +83,10 @@ def _end(wait: asyncio.Future[None]) -> None:
 class Holds:
     """Which call has which connections of an engine.
 
-    `most` is the most that one call had at once, `statements` counts those that each call sent, `failed` are the calls
-    with a statement that failed, and `shared` says whether a connection was used by two tasks at the same time. Of the
-    calls in `ended`, those in `at_work` have gone on: with a task that had a connection, or by taking or using one.
+    `most` is the most that one call had at once, `statements` counts those that each call sent, `updates` are those
+    that began so, `failed` are the calls with a statement that failed, and `shared` says whether a connection was
+    used by two tasks at the same time. Of the calls in `ended`, those in `at_work` have gone on: with a task that had
+    a connection, or by taking or using one.
 
     Statements for which `is_slow` says so, asked with their call and their text, take as long as on a busy server.
     """
@@ -100,6 +96,7 @@ class Holds:
         self.most = 0
         self.shared = False
         self.statements: Counter[int | None] = Counter()
+        self.updates: list[str] = []
         self.failed: set[int | None] = set()
         self.at_work: set[int | None] = set()
         self.is_slow: Callable[[int | None, str], bool] = lambda call, statement: False
@@ -143,7 +140,10 @@ class Holds:
         self._note_work(call)
         self.shared = self.shared or connection.info.get(_IN_USE, False)
         connection.info[_IN_USE] = True
-        if self.is_slow(call, f"{statement} {parameters}"):
+        text = f"{statement} {parameters}"
+        if statement.lstrip().upper().startswith("UPDATE"):
+            self.updates.append(text)
+        if self.is_slow(call, text):
             await_only(pause(_SLOW_SECONDS))
 
     def _ends(self, connection: Any, *rest: Any) -> None:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -20,9 +21,7 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections, forget_orders, own_households
 from workshop.checks.rules import (
-    ENGINES,
     LEFT_OVER,
-    another_pool,
     deadlock,
     one_at_a_time,
     one_session_many_tasks,
@@ -32,54 +31,44 @@ from workshop.checks.rules import (
 from workshop.checks.session_lifetimes.browser import News, Tab
 from workshop.checks.session_lifetimes.calls import (
     Holds,
-    Seen,
     close_sessions,
     current_call,
-    is_own,
     pause,
-    to_be_told,
+    raise_own,
     unless_raised,
 )
-from workshop.checks.task import Task, Trials
-from workshop.checks.unheard import is_learners
-from workshop.checks.unpooled import backends, connects_past_the_pools, of_the_check
+from workshop.checks.task import Task
+from workshop.checks.unpooled import NO_OTHER_CONNECTIONS, Unpooled, backends, of_the_check
 from workshop.shop import Order
 
 _STATUSES = ("new", "packed", "sent")
 _SLOW_TABS = (1, 1, 0)  # how many events they read
 _LATE_TABS = 2
-_LOOKS = 5
 _LOOK_SECONDS = 0.01
-_MOST_QUESTIONS = 3  # of one page in the time of the looks, while nothing happens
+_LOOKS = 5
+_QUIET_SECONDS = 0.6  # in which nothing changes, and a page has nothing to ask
 _SETTLE_SECONDS = 0.15
 _PHASE_SECONDS = 1.5  # for those who time out; all others have settled long before
-_LATE_SECONDS = 1.0
 _SECONDS_TO_LEAVE = 0.05  # for what a page still does, or has cancelled when it was closed
 _MOST_SHOWN = 60
+_RIGHT_BEGINNING = f"began with {_STATUSES[0]!r}"
 
 
 @dataclass(kw_only=True)
-class Pages(Work, Seen):
-    """What the pages showed; `done` is how many of the `openers` began with their order as it was.
+class Pages(Work, Unpooled):
+    """What the pages showed: how each that was read `began`, and whether each that was read quickly has `kept_up`.
 
-    `instead` tells what another did. `idle_held` and `slow_held` is how often a page had a connection while it waited
-    for news, or for a customer who reads slowly, `reopened` how often a session began anew after it was closed, and
-    `questions` the most that a page asked the database while nothing happened. Of so many `quick` readers, `kept_up`
-    saw each change; `late` is what pages began with that were opened at the end. `strangers_status` is the answer for
-    an order that does not exist, and `raised_too_late` says whether a status was raised when another had gone out.
+    `found` counts pages that had a connection when they were "idle" or their customer "slow", sessions that "reopened"
+    after they were closed, the "questions" of a page while nothing happened, and a status that was raised "too late".
+    `late` is what pages began with that were opened at the end, and `strangers_status` the answer for an order that
+    does not exist.
     """
 
-    idle_held: int
-    slow_held: int
-    reopened: int
-    questions: int
-    openers: int
-    instead: str
-    quick: int
-    kept_up: int
+    began: list[str]
+    kept_up: list[bool]
+    found: Counter[str]
     late: list[str]
     strangers_status: int | None
-    raised_too_late: bool
 
 
 class ReopeningSession(Session):
@@ -102,7 +91,6 @@ async def open_tabs(
     engine, customers, found = conditions.engine(capacity), own_households(), Counter[str]()
     stranger = Tab(2**31 - 1 - os.getpid())
     holds, news, apps = Holds(engine), News(), list[Any]()
-    raised = too_late = False
     event.listen(ReopeningSession, "after_begin", _note_reopened)
 
     async def make(number: int) -> None:
@@ -111,26 +99,14 @@ async def open_tabs(
             raise TypeError(f"shop returned {app!r}; asked for was the application")
         apps.append(app)
 
-    async def visit(number: int) -> None:
-        nonlocal raised
+    async def visit(tabs: Sequence[Tab], number: int) -> None:
         current_call.set(number)
         try:
-            await pages[number].visit(apps[0])
+            await tabs[number].visit(apps[0])
         except Exception as error:
-            raised = raised or is_own(to_be_told(error))
-            _leave_the_framework_out(error)
-            raise
-
-    async def visit_of_a_stranger(number: int) -> None:
-        nonlocal raised, too_late
-        try:
-            await stranger.visit(apps[0])
-        except Exception as error:
-            if too_late := isinstance(error.__cause__ or error, HTTPException):
-                return
-            raised = raised or is_own(to_be_told(error))
-            _leave_the_framework_out(error)
-            raise
+            if tabs[number] is not stranger or not isinstance(error.__cause__, HTTPException):
+                raise_own(error)
+            found["too late"] += 1
 
     async with backends(conditions) as server, of_the_check(conditions, 1) as others:
         async with engine.begin() as connection:
@@ -151,14 +127,14 @@ async def open_tabs(
                     _let_orders_change(others, pages, early, news, holds, found)
                 )
                 try:
-                    await storm(visit, tabs)
+                    await storm(partial(visit, pages), tabs)
                     await day
                 finally:
                     day.cancel()
                 await asyncio.gather(
-                    storm(visit_of_a_stranger, 1),
+                    storm(partial(visit, [stranger]), 1),
                     *(tab.visit(apps[0]) for tab in late),
-                    *(_close_in_time(tab, news) for tab in (*late, stranger)),
+                    _close_when_settled([*late, stranger], news),
                     return_exceptions=True,
                 )
                 await pause(_SECONDS_TO_LEAVE)
@@ -166,42 +142,27 @@ async def open_tabs(
     await engine.dispose()
     async with engine.connect() as connection:
         await forget_orders(connection, customers)
-    openers = [page for page in pages if page.most_read != 0]
+    began = [_beginning(page) for page in pages if page.most_read != 0]
     quick = [page for page in pages if page.most_read is None and page not in early]
     return Pages(
         **vars(noted),
         backends=server,
-        raised=raised,
-        done=sum(page.events[:1] == ["new"] for page in openers),
-        openers=len(openers),
-        instead=next((_shown(page) for page in openers if page.events[:1] != ["new"]), ""),
-        idle_held=found["idle"],
-        slow_held=found["slow"],
-        reopened=found["reopened"],
-        questions=found["questions"],
-        quick=len(quick),
-        kept_up=sum(tuple(dict.fromkeys(page.events)) == _STATUSES for page in quick),
+        done=began.count(_RIGHT_BEGINNING),
+        began=began,
+        kept_up=[tuple(dict.fromkeys(page.events)) == _STATUSES for page in quick],
+        found=found,
         late=[tab.events[0] for tab in late if tab.events],
         strangers_status=stranger.status,
-        raised_too_late=too_late,
     )
 
 
-def _shown(page: Tab) -> str:
-    """What a page showed first."""
+def _beginning(page: Tab) -> str:
+    """What a page showed first, in words."""
     if page.status != 200:
         return f"was answered with the status {page.status}"
     if page.events:
         return f"began with {page.events[0][:_MOST_SHOWN]!r}"
     return f"sent {page.unread[:_MOST_SHOWN]!r}" if page.unread else "sent nothing"
-
-
-def _leave_the_framework_out(error: Exception) -> None:
-    """Of its traceback, as far as it leads to the learner's code."""
-    trace = error.__traceback__
-    while trace is not None and not is_learners(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    error.__traceback__ = trace or error.__traceback__
 
 
 async def _let_orders_change(
@@ -223,14 +184,17 @@ async def _let_orders_change(
                 await others.execute(change, status, [page.order for page in pages])
                 news.tell()
             await _settled(pages, status, news)
-            held, asked = {*range(len(pages))}, Counter(holds.statements)
+            held = {*range(len(pages))}
             for _ in range(_LOOKS):
                 held = {call for call in held if pages[call].is_open and holds.count(call)}
                 await asyncio.sleep(_LOOK_SECONDS)
             found["slow"] += sum(pages[call].is_blocked for call in held)
             found["idle"] += sum(not pages[call].is_blocked for call in held)
-            asked = Counter(holds.statements) - asked
-            found["questions"] = max(found["questions"], *asked.values(), 0)
+            if status == _STATUSES[0]:
+                asked = Counter(holds.statements)
+                await asyncio.sleep(_QUIET_SECONDS)
+                asked = Counter(holds.statements) - asked
+                found["questions"] = max(asked.values(), default=0)
             for page in early:
                 page.close()
     finally:
@@ -238,15 +202,10 @@ async def _let_orders_change(
             page.close()
 
 
-async def _close_in_time(tab: Tab, news: News) -> None:
-    """Close a tab whose page waits for news; one that does not, after a while."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _LATE_SECONDS
-    while tab.is_open and loop.time() < deadline:
-        if tab.events and news.is_awaited(tab.order):
-            deadline = min(deadline, loop.time() + _SECONDS_TO_LEAVE)
-        await pause(_LOOK_SECONDS)
-    tab.close()
+async def _close_when_settled(pages: Sequence[Tab], news: News) -> None:
+    await _settled(pages, _STATUSES[-1], news)
+    for page in pages:
+        page.close()
 
 
 async def _settled(pages: Sequence[Tab], status: str, news: News) -> None:
@@ -265,12 +224,12 @@ async def _settled(pages: Sequence[Tab], status: str, news: News) -> None:
 
 def holds_while_it_waits(run: Recording, seen: Pages) -> Iterator[Finding]:
     """A connection that nobody needs until something changes, or somebody has read."""
-    if seen.idle_held:
+    if seen.found["idle"]:
         yield Finding(
-            "closed-session-opens-again" if seen.reopened else "as-long-as-the-response",
+            "closed-session-opens-again" if seen.found["reopened"] else "as-long-as-the-response",
             "Pages that only waited for news had a connection checked out.",
         )
-    if seen.slow_held:
+    if seen.found["slow"]:
         yield Finding(
             "holds-while-they-read",
             "Pages whose customer read slowly had a connection checked out.",
@@ -279,17 +238,17 @@ def holds_while_it_waits(run: Recording, seen: Pages) -> Iterator[Finding]:
 
 def asks_all_the_time(run: Recording, seen: Pages) -> Iterator[Finding]:
     """Pages that look, instead of waiting for news."""
-    if seen.questions > _MOST_QUESTIONS:
+    if seen.found["questions"] > 1:
         yield Finding(
             "asks-all-the-time",
-            f"While nothing changed, a page asked the database {seen.questions} times"
-            f" within {_LOOKS * _LOOK_SECONDS:g} s.",
+            f"While nothing changed, a page asked the database {seen.found['questions']} times"
+            f" within {_QUIET_SECONDS:g} s.",
         )
 
 
 def status_comes_first(run: Recording, seen: Pages) -> Iterator[Finding]:
     """Who does not look before the first byte cannot say 404 any more."""
-    if seen.strangers_status == 200 and seen.raised_too_late:
+    if seen.strangers_status == 200 and seen.found["too late"]:
         yield Finding(
             "status-comes-first",
             "An order that does not exist was answered with the status 200,"
@@ -299,17 +258,17 @@ def status_comes_first(run: Recording, seen: Pages) -> Iterator[Finding]:
 
 def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
     """A page shows each change of its order, and where there is no order the answer is 404."""
-    if seen.done < seen.openers:
+    if others := [began for began in seen.began if began != _RIGHT_BEGINNING]:
         yield Finding(
             "not-what-was-asked",
-            f'{seen.openers} pages were opened when their orders were "new", and {seen.done} began with that;'
-            f' another {seen.instead}. Asked for was "data: new" and an empty line.',
+            f'{len(seen.began)} pages were opened when their orders were "new", and {seen.done} began with that;'
+            f' another {others[0]}. Asked for was "data: new" and an empty line.',
         )
-    if seen.kept_up < seen.quick:
+    if not all(seen.kept_up):
         yield Finding(
             "reads-once",
-            f"The orders were {', then '.join(_STATUSES)}; of {seen.quick} pages that were read,"
-            f" {seen.kept_up} showed this.",
+            f"The orders were {', then '.join(_STATUSES)}; of {len(seen.kept_up)} pages that were read,"
+            f" {sum(seen.kept_up)} showed this.",
         )
     if stale := [status for status in seen.late if status != _STATUSES[-1]]:
         yield Finding(
@@ -324,12 +283,10 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
         )
 
 
-def prove(trials: Trials[Pages]) -> str:
-    """What the runs of a right answer have shown."""
-    return "\n".join(
-        f"{run.announced - 2} pages open with {connections(run)}, each change shown, and none held while they waited."
-        for run, _ in trials
-    )
+def prove(run: Recording, seen: Pages) -> str:
+    """What a run of a right answer has shown."""
+    pages = f"{run.announced - 2} pages open with {connections(run)}"
+    return f"{pages}, each change shown, and none held while they waited."
 
 
 follow_an_order = Task(
@@ -340,9 +297,7 @@ follow_an_order = Task(
     trials=({"tabs": 16, "capacity": 4}, {"tabs": 8, "capacity": 1}),
     # To sleep between two looks is no mistake here.
     rules=unless_raised(
-        *ENGINES,
-        another_pool,
-        connects_past_the_pools("another-pool"),
+        *NO_OTHER_CONNECTIONS,
         holds_while_it_waits,
         one_session_many_tasks,
         one_at_a_time,

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, cast
 
 import psycopg  # noqa: F401 (its import takes a moment, and would count as a stall of the learner's)
-from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy import create_engine, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
@@ -25,12 +25,13 @@ from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
     another_pool,
     changes_the_pool,
+    engine_per_call,
     leaves_it_checked_out,
     one_session_many_tasks,
     own_pools,
     sync_engine_in_async_code,
 )
-from workshop.checks.task import Task, Trials
+from workshop.checks.task import Task
 from workshop.checks.the_blocked_loop.pulse import pulse
 from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
 from workshop.shop import Sale
@@ -47,14 +48,13 @@ _OTHER_LOOP = ("attached to a different loop", "bound to a different event loop"
 
 @dataclass(kw_only=True)
 class Reports(Unpooled):
-    """How many reports were asked for `at_once`, how many were `right`, `another` the first that was not, and what the
-    loop's pulse showed meanwhile: see `Pulse`.
+    """How many reports were `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
+    `Pulse`.
 
     `processes` is how many processes the code wanted to start, `disposed` whether an engine has another pool than it
     had, and `still_working` how many connections were busy for nobody when all calls had ended.
     """
 
-    at_once: int
     right: int
     another: Finding | None
     stood_still: float
@@ -107,13 +107,12 @@ async def ask_for_reports(
             await storm(ask, calls)
             if measured.stood_still < _STOOD_STILL and len(told) == calls:
                 await storm(ask, _AGAIN)
-    still_working = _checked_out(old)
+    still_working = cast(QueuePool, old.pool).checkedout()
     disposed = (shop.pool, old.pool) != pools
     await shop.dispose()
     others = [(sku, row) for sku, row in told if not is_same(_figures(row), wanted[sku])]
     return Reports(
         **vars(noted),
-        at_once=calls,
         backends=server,
         right=len(told) - len(others),
         another=next(
@@ -147,10 +146,6 @@ def _no_processes() -> Iterator[list[BaseProcess]]:
         BaseProcess.start = start  # type: ignore[method-assign]
 
 
-def _checked_out(engine: Engine) -> int:
-    return cast(QueuePool, engine.pool).checkedout()
-
-
 def _figures(row: Any) -> tuple[Any, ...] | None:
     """What a report says, as a row, a tuple or a list; None where it is no such thing."""
     if isinstance(row, str | bytes | Mapping) or not hasattr(type(row), "__len__"):
@@ -165,12 +160,6 @@ def starts_processes(run: Recording, seen: Reports) -> Iterator[Finding]:
             "process-takes-no-engine",
             "Your code wanted to start other processes; the check let none of them start.",
         )
-
-
-def engines_again_and_again(run: Recording, seen: Reports) -> Iterator[Finding]:
-    """An engine for each call, or nearly."""
-    if len(own_pools(run, seen)) > run.announced // 2:
-        yield Finding("engine-per-call", "Your code made engines of its own, again and again.")
 
 
 def asks_another_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
@@ -195,7 +184,7 @@ def disposes_of_an_engine(run: Recording, seen: Reports) -> Iterator[Finding]:
     if seen.disposed:
         yield Finding(
             "not-what-was-asked",
-            "An engine had another pool afterwards, as dispose() gives it one: both were to stay as they are.",
+            "Afterwards an engine had another pool, as after dispose(): both were to stay as they are.",
         )
 
 
@@ -237,7 +226,7 @@ def thread_for_each_call(run: Recording, seen: Reports) -> Iterator[Finding]:
     if seen.threads > _MOST_THREADS:
         yield Finding(
             "thread-for-each-call",
-            f"For {seen.at_once} reports at once there were more than {_MOST_THREADS} threads.",
+            f"Your code started more than {_MOST_THREADS} threads.",
         )
 
 
@@ -271,12 +260,11 @@ def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
         )
 
 
-def prove(trials: Trials[Reports]) -> str:
-    """What the runs of a right answer have shown."""
-    return "\n".join(
+def prove(run: Recording, seen: Reports) -> str:
+    """What a run of a right answer has shown."""
+    return (
         f"{seen.right} of {run.announced} reports right, with {run.pools[0].capacity} connections,"
         " and the loop did not stand still in your code."
-        for run, seen in trials
     )
 
 
@@ -290,7 +278,7 @@ free_the_loop = Task(
         starts_processes,
         sync_engine_in_async_code,
         # Before the loop's pulse: to make an engine takes a moment, on a busy machine a long one.
-        engines_again_and_again,
+        engine_per_call,
         asks_another_loop,
         blocks_the_loop,
         turns_round_and_round,

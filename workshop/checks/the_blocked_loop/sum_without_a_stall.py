@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,22 @@ from sqlalchemy.orm import Session
 
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import THE_CHECK, evidence
 from workshop.checks.lent import Conditions
-from workshop.checks.memory import expunge_all_in_a_stream
+from workshop.checks.memory import (
+    Read,
+    added_by_the_database,
+    expunge_all_in_a_stream,
+    pages_without_order,
+    reading,
+)
 from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
     cursor_without_transaction,
     leaves_it_checked_out,
     sync_engine_in_async_code,
 )
-from workshop.checks.task import Task, Trials
+from workshop.checks.task import Task
 from workshop.checks.the_blocked_loop.pulse import pulse
 from workshop.shop import Sale
 
@@ -35,7 +40,7 @@ _KEPT = 0.25  # of the time that the code as it was given keeps the loop; the ex
 _TRIES = 4  # the machine may slow down some of them
 _TRIES_AS_GIVEN = 3
 _LINES_PER_ROUND_TRIP = 10
-_SMALL = 0.25  # of the lines, in a batch
+_IN_ONE_GO = 2_000  # lines that may become objects or rows
 _KEPT_ALIVE = 0.6  # of the lines; a few batches at once are less
 _LOOK_SECONDS = 0.003
 
@@ -49,18 +54,15 @@ class Statements:
     """How the database was asked: how many round trips it took, and how the rows were to come.
 
     `largest` is how many rows there were to be in a batch, None where no batches were asked for; `collected` says
-    whether rows that were to come in batches were handed on all at once, `in_no_order` how many statements asked for a
-    page of rows that are in no order, and `summed` whether the database did the sum.
+    whether rows that were to come in batches were handed on all at once.
     """
 
     round_trips: int = 0
     largest: int | None = None
     streamed: bool = False
     collected: bool = False
-    in_no_order: int = 0
-    summed: bool = False
 
-    def note(self, statement: str, options: Mapping[str, Any], lines: int) -> None:
+    def note(self, options: Mapping[str, Any], lines: int) -> None:
         """A statement that is sent, to read so many lines."""
         batch = options.get("yield_per")
         self.round_trips += 1 if batch is None else max(lines // batch, 1)
@@ -68,13 +70,10 @@ class Statements:
         if batch is not None:
             self.largest = max(self.largest or 0, batch)
             self.collected |= bool(options.get("prebuffer_rows"))
-        words = set(re.findall(r"\w+", statement.lower()))
-        self.in_no_order += bool(words & {"limit", "offset"}) and "order" not in words
-        self.summed |= "sum" in words
 
 
 @dataclass(kw_only=True)
-class Sums(Evidence):
+class Sums(Read):
     """What came of so many `lines` of so many `stores`.
 
     `kept` is for how long the loop was kept in one go, as a part of how long the code as given keeps it, and `alive`
@@ -105,7 +104,7 @@ async def sum_stores(
 
     def note(*about: Any) -> None:
         if not found:
-            asked.note(about[2], about[4].execution_options, lines)
+            asked.note(about[4].execution_options, lines)
         if asked.round_trips > lines // _LINES_PER_ROUND_TRIP:
             raise TooOftenError("more round trips than the exercise allows")
 
@@ -122,9 +121,13 @@ async def sum_stores(
     as_given = await asyncio.to_thread(asyncio.run, _kept_as_given(conditions, first, last))
     event.listen(engine.sync_engine, "before_cursor_execute", note)
     kept: list[float] = []
-    with _objects_alive() as alive:
+    with _objects_alive() as alive, reading(revenue, engine) as noted_of_reading:
         async with evidence(conditions, engine) as noted:
-            while not kept or (len(found) == len(kept) < _TRIES and kept[-1] > _KEPT):
+            while not kept or (
+                len(found) == len(kept) < _TRIES
+                and kept[-1] > _KEPT
+                and noted_of_reading.in_one_go <= _IN_ONE_GO
+            ):
                 with pulse() as measured:
                     await storm(ask, 1)
                 kept.append(measured.longest_work / as_given)
@@ -133,6 +136,7 @@ async def sum_stores(
     is_right = is_same(answer, right)
     return Sums(
         **vars(noted),
+        **vars(noted_of_reading),
         lines=lines,
         stores=len(right),
         kept=min(kept, default=0.0),
@@ -184,7 +188,7 @@ def _objects_alive() -> Iterator[list[int]]:
             await asyncio.sleep(_LOOK_SECONDS)
 
     event.listen(Session, "after_begin", note)
-    task = asyncio.create_task(look(), name="the check")
+    task = asyncio.create_task(look(), name=THE_CHECK)
     try:
         yield seen
     finally:
@@ -204,23 +208,26 @@ def _nearly(answer: Any, right: dict[int, Decimal]) -> bool:
 
 def keeps_the_loop(run: Recording, seen: Sums) -> Iterator[Finding]:
     """Too many lines in one go."""
-    asked, many = seen.asked, seen.lines * _SMALL
-    collects = seen.alive > _KEPT_ALIVE * seen.lines
-    if asked.largest is not None and asked.largest <= many and not asked.collected and collects:
+    asked = seen.asked
+    collects = seen.alive > _KEPT_ALIVE * seen.lines and not asked.collected
+    if collects and asked.largest is not None and asked.largest <= _IN_ONE_GO:
         yield Finding(
             "collects-the-batches",
             f"Your code asked for {asked.largest:,} lines at a time, and most of the {seen.lines:,} lines were there "
             "at once.",
         )
-    if seen.kept <= _KEPT:
+    if seen.in_one_go > _IN_ONE_GO:
+        stall = f"SQLAlchemy made {seen.in_one_go:,} lines into objects or rows in one go"
+    elif seen.kept > _KEPT:
+        stall = "Your code kept the loop, in one go, for more than a quarter of the time that the given code does"
+    else:
         return
-    stall = "Your code kept the loop, in one go, for more than a quarter of the time that the given code does"
     if asked.collected:
         yield Finding(
             "yield-per-without-a-stream",
             f"{stall}. It asked for yield_per={asked.largest}, and did not stream.",
         )
-    if asked.largest is not None and asked.largest > many:
+    if asked.largest is not None and asked.largest > _IN_ONE_GO:
         yield Finding("one-huge-batch", f"{stall}, with {asked.largest:,} lines in a batch.")
     if asked.streamed and asked.largest is None:
         yield Finding("stream-without-yield-per", f"{stall}, although it asked to stream.")
@@ -237,15 +244,6 @@ def asks_too_often(run: Recording, seen: Sums) -> Iterator[Finding]:
         )
 
 
-def pages_in_no_order(run: Recording, seen: Sums) -> Iterator[Finding]:
-    """Pages that only happen to fit together."""
-    if seen.asked.in_no_order > 1:
-        yield Finding(
-            "no-order-by",
-            "Your code asked for one page after another (LIMIT), and for no order (ORDER BY).",
-        )
-
-
 def demands(run: Recording, seen: Sums) -> Iterator[Finding]:
     """Each store's sum, to the cent."""
     if not seen.right and seen.nearly and not seen.left_out:
@@ -259,19 +257,12 @@ def demands(run: Recording, seen: Sums) -> Iterator[Finding]:
         yield seen.another
 
 
-def prove(trials: Trials[Sums]) -> str:
-    """What the runs of a right answer have shown."""
-    proof = [
+def prove(run: Recording, seen: Sums) -> str:
+    """What a run of a right answer has shown."""
+    return (
         f"{seen.lines:,} lines, the sums of {seen.stores} stores exact, and the loop was kept, in one go, for less"
         " than a quarter of the time that the given code keeps it."
-        for _, seen in trials
-    ]
-    if all(seen.asked.summed for _, seen in trials):
-        proof.append(
-            "PostgreSQL did the sum, and no line came to Python. Where Python has to see each line, that is no way"
-            " out: for practice, mend it once more without sum()."
-        )
-    return "\n".join(proof)
+    )
 
 
 sum_without_a_stall = Task(
@@ -287,13 +278,14 @@ sum_without_a_stall = Task(
         asks_too_often,
         keeps_the_loop,
     ),
-    demands=(leaves_it_checked_out, demands, pages_in_no_order),
+    demands=(leaves_it_checked_out, demands, pages_without_order, added_by_the_database),
     proof=prove,
     curves=("loop lag",),
     hints=(
         "The driver awaits while the rows come. Which line makes objects of them, and how many in one go?",
-        "Between two batches the loop has its turn. Or does Python need the lines at all, to know their sum?",
-        "Either stream_scalars with execution_options(yield_per=1_000) and `async for batch in sales.partitions()`, or "
-        "select(Sale.store_id, func.sum(Sale.sales_value)) with group_by(Sale.store_id).",
+        "Between two batches the loop has its turn. Which method of the session hands over batches, and who says how "
+        "large they are?",
+        "Give the statement execution_options(yield_per=1_000), await session.stream_scalars(…), and go through "
+        "`async for batch in sales.partitions()`: add up each batch before the next comes.",
     ),
 )

@@ -16,12 +16,12 @@ from ormscope import SessionCensus
 from ormscope.census import Keeper
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Evidence, evidence
+from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
-from workshop.checks.memory import MemoryBudget
+from workshop.checks.memory import MemoryBudget, Read, reading
 from workshop.checks.returned import another_answer
 from workshop.checks.rules import leaves_it_checked_out
-from workshop.checks.task import Task, Trials
+from workshop.checks.task import Task
 from workshop.shop import Product, Sale
 
 PAGES = 8
@@ -31,7 +31,7 @@ BUDGET = MemoryBudget(container=100, objects=5_000, mebibytes=100)  # the functi
 
 
 @dataclass(kw_only=True)
-class Pages(Evidence):
+class Pages(Read):
     """What pages were given of so many `products`, which were sold in so many `lines`, or never (`unsold`).
 
     `left` is what is alive beside the products, in words, and `left_by` the kind of its keeper; both are empty where
@@ -77,8 +77,9 @@ async def show_pages(
     async def show(number: int) -> None:
         kept[number] = await top_sellers(async_sessionmaker(engine), list(skus[number]))
 
-    async with evidence(conditions, engine) as noted:
-        await storm(show, PAGES)
+    with reading(top_sellers, engine) as noted_of_reading:
+        async with evidence(conditions, engine) as noted:
+            await storm(show, PAGES)
     await engine.dispose()
     await asyncio.sleep(0.3)  # for the curve: this is how much the pages keep
     pages = [(skus[number], _pairs(returned)) for number, returned in kept.items()]
@@ -95,6 +96,7 @@ async def show_pages(
     [((name, left_by), count)] = left.most_common(1) or [(("", ""), 0)]
     found = Pages(
         **vars(noted),
+        **vars(noted_of_reading),
         left=f"{count:,} {name}" if count else "",
         left_by=left_by,
         other=next(
@@ -172,8 +174,8 @@ def keeps_more(run: Recording, seen: Pages) -> Iterator[Finding]:
     if not seen.left:
         return
     alive = f"{seen.left} are alive beside what the pages have asked for"
-    if seen.collections >= run.announced:
-        yield Finding("collects-garbage", f"{alive}, although your code ran the garbage collector.")
+    if seen.collected_at:
+        yield Finding("collects-garbage", f"{seen.collected_at}, called gc.collect(), and {alive}.")
     if seen.left_by in ("collection", "the products"):
         yield Finding("collection-stays", f"{alive}, kept by their products.")
     yield Finding("loads-everything", f"{alive}{seen.left_by and f', kept by: {seen.left_by}'}.")
@@ -217,13 +219,12 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
         yield Finding("not-what-was-asked", seen.wrong)
 
 
-def prove(trials: Trials[Pages]) -> str:
-    """What the runs of a right answer have shown."""
-    return "\n".join(
+def prove(run: Recording, seen: Pages) -> str:
+    """What a run of a right answer has shown."""
+    return (
         f"{run.announced} pages, {seen.products} products with {seen.lines:,} lines counted right, {seen.unsold} of"
         " them never sold;"
         f" {seen.products} products and 0 sales alive afterwards."
-        for run, seen in trials
     )
 
 

@@ -18,7 +18,7 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.returned import another_answer
-from workshop.checks.task import Task, Trials
+from workshop.checks.task import Task
 from workshop.checks.the_memory_leak.situations import KEEPERS, NOTHING_ALIVE
 
 if TYPE_CHECKING:
@@ -188,9 +188,9 @@ def _counts_sessions(question: Question) -> bool:
     return bool(said == sessions or not (said or sessions))
 
 
-def prove(trials: Trials[Alarm]) -> str:
-    """What the runs of a right answer have shown."""
-    said = [question.said for _, seen in trials for question in seen.asked]
+def prove(run: Recording, seen: Alarm) -> str:
+    """What a run of a right answer has shown."""
+    said = [question.said for question in seen.asked]
     return (
         f"{len(said)} censuses, {len({*said} - {None})} different culprits, each named;"
         f" {said.count(None)} times nothing was alive, and no alarm was raised."

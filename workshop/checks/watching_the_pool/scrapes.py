@@ -6,9 +6,8 @@ import inspect
 import numbers
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -70,11 +69,19 @@ class Look:
         """Whether the learner's function told another number than was true."""
         if self.told is None:
             return False
-        found = self.told[number]
         if number == "oldest_wait":
-            least, most = self.oldest
-            return not least - TOLERANCE <= found <= most + TOLERANCE
-        return found != self.true(number)
+            return not self.is_true_wait(self.said(number))
+        return self.said(number) != self.true(number)
+
+    def is_true_wait(self, seconds: float) -> bool:
+        """Whether whoever waits longest has waited for so long."""
+        least, most = self.oldest
+        return least - TOLERANCE <= seconds <= most + TOLERANCE
+
+    def said(self, number: str) -> float:
+        """What the learner's function told of one of the three."""
+        assert self.told is not None
+        return self.told[number]
 
 
 class Scraped:
@@ -84,7 +91,6 @@ class Scraped:
         self.engine, self.scope = engine, PoolScope(engine)
         self.looks: list[Look] = []
         self.odd: Finding | None = None
-        self.names: set[str] = set()
         self._metrics = metrics
         self._measure: Any = None
 
@@ -100,7 +106,7 @@ class Scraped:
                     " scrape calls.",
                 )
                 return
-            self._measure, self.names = found, set(_names(getattr(found, "__code__", None)))
+            self._measure = found
 
         await storm(ask, 1)
         if self._measure is None:
@@ -198,14 +204,6 @@ class Scraped:
 def _stand_still(seconds: float) -> None:
     """Block the event loop, as a synchronous driver does."""
     time.sleep(seconds)
-
-
-def _names(code: object) -> Iterator[str]:
-    """The names that the code of a function reads, with those inside it."""
-    if isinstance(code, CodeType):
-        yield from code.co_names
-        for constant in code.co_consts:
-            yield from _names(constant)
 
 
 def _checked(told: Any, scraped: Look) -> tuple[dict[str, float] | None, Finding | None]:

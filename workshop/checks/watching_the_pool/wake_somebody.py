@@ -12,7 +12,7 @@ from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Evidence, evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.returned import another_answer
-from workshop.checks.task import Task, Trials
+from workshop.checks.task import Task
 from workshop.checks.watching_the_pool.situations import (
     SITUATIONS,
     impatient,
@@ -202,12 +202,11 @@ def _silent(missed: set[str], seen: Pages) -> Finding:
     return Finding("not-what-was-asked", f"You did not page {SITUATIONS[first]}{others}.")
 
 
-def prove(trials: Trials[Pages]) -> str:
-    """What the runs of a right answer have shown."""
-    return "\n".join(
+def prove(run: Recording, seen: Pages) -> str:
+    """What a run of a right answer has shown."""
+    return (
         f"A pool of {run.pools[0].capacity} in {len(seen.wanted)} situations: paged for the"
         f" {sum(seen.wanted.values())} that need somebody, silent in the others."
-        for run, seen in trials
     )
 
 
