@@ -179,19 +179,23 @@ def test_a_misconception_says_what_to_read_again(about: Misconception) -> None:
 @pytest.mark.parametrize(
     "returned, expected, words",
     [
-        (None, {1: 2}, "None, as a function does without a `return`. Asked for was {1: 2} (dict)."),
-        ([(1, 2)], {1: 2}, "[(1, 2)] (list). Asked for was {1: 2} (dict)."),
+        (
+            None,
+            {1: 2},
+            "None, as a function does without a `return`. The task wants {1: 2} (dict).",
+        ),
+        ([(1, 2)], {1: 2}, "[(1, 2)] (list). The task wants {1: 2} (dict)."),
         ({1: 2, 3: 4}, {1: 2}, "a key that was not asked for: 3 (int)."),
         ({}, {1: 2}, "0 of 1 keys: 1 (int) is missing."),
-        ({3: 2}, {1: 2}, "the key 3 (int). Asked for was 1 (int)."),
+        ({3: 2}, {1: 2}, "the key 3 (int). The task wants 1 (int)."),
         (
             {1: 7.5},
             {1: Decimal("7.5")},
-            "7.5 (float) for 1. Asked for was Decimal('7.5') (Decimal).",
+            "7.5 (float) for 1. The task wants Decimal('7.5') (Decimal).",
         ),
-        ([1, 3], [1, 2], "3 (int) at [1]. Asked for was 2 (int)."),
-        ([1], [1, 2], "1 values, [1]. Asked for were 2."),
-        ("x" * 50_000_000, 3, f"'{'x' * 27}...{'x' * 28}' (str). Asked for was 3 (int)."),
+        ([1, 3], [1, 2], "3 (int) at [1]. The task wants 2 (int)."),
+        ([1], [1, 2], "1 values, [1]. The task wants 2."),
+        ("x" * 50_000_000, 3, f"'{'x' * 27}...{'x' * 28}' (str). The task wants 3 (int)."),
     ],
     ids=["none", "type", "extra", "missing", "other", "value", "item", "fewer", "long"],
 )

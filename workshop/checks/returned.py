@@ -36,34 +36,34 @@ def another_answer(call: str, returned: Any, expected: Any) -> Finding:
 
 def _difference(returned: Any, expected: Any) -> str:
     if returned is None:
-        return f"None, as a function does without a `return`. Asked for was {_told(expected)}."
+        return f"None, as a function does without a `return`. The task wants {_told(expected)}."
     if inspect.isawaitable(returned):
         return (
-            f"a {type(returned).__name__}: an `await` is missing. Asked for was {_told(expected)}."
+            f"a {type(returned).__name__}: an `await` is missing. The task wants {_told(expected)}."
         )
     if not isinstance(returned, type(expected)):
-        return f"{_told(returned)}. Asked for was {_told(expected)}."
+        return f"{_told(returned)}. The task wants {_told(expected)}."
     if isinstance(expected, Mapping):
         return _difference_of_mappings(returned, expected)
     if isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
         for number, (found, wanted) in enumerate(zip(returned, expected, strict=False)):
             if not is_same(found, wanted):
-                return f"{_told(found)} at [{number}]. Asked for was {_told(wanted)}."
-        return f"{len(returned)} values, {_short.repr(returned)}. Asked for were {len(expected)}."
-    return f"{_told(returned)}. Asked for was {_told(expected)}."
+                return f"{_told(found)} at [{number}]. The task wants {_told(wanted)}."
+        return f"{len(returned)} values, {_short.repr(returned)}. The task wants {len(expected)}."
+    return f"{_told(returned)}. The task wants {_told(expected)}."
 
 
 def _difference_of_mappings(returned: Mapping[Any, Any], expected: Mapping[Any, Any]) -> str:
     missing = [key for key in expected if key not in returned]
     extra = [key for key in returned if key not in expected]
     if missing and extra:
-        return f"the key {_told(extra[0])}. Asked for was {_told(missing[0])}."
+        return f"the key {_told(extra[0])}. The task wants {_told(missing[0])}."
     if missing:
         return f"{len(returned)} of {len(expected)} keys: {_told(missing[0])} is missing."
     if extra:
         return f"a key that was not asked for: {_told(extra[0])}."
     key = next(key for key in expected if not is_same(returned[key], expected[key]))
-    return f"{_told(returned[key])} for {_short.repr(key)}. Asked for was {_told(expected[key])}."
+    return f"{_told(returned[key])} for {_short.repr(key)}. The task wants {_told(expected[key])}."
 
 
 def _told(value: Any) -> str:

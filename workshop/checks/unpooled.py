@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,13 +49,14 @@ class Backends:
     """What was seen of this process's connections to the server.
 
     `at_once` is the most in its list that belong to no engine and not to the check, `opened` how many the learner's
-    code was seen to open, and `opened_at` where. `waiting` tells for each look at the list how many of the engines'
-    waited for a row that another transaction had locked.
+    code was seen to open, and `opened_at` where; `threads` are those in which any was begun. `waiting` tells for each
+    look at the list how many of the engines' waited for a row that another transaction had locked.
     """
 
     at_once: int = 0
     opened: int = 0
     opened_at: str = ""
+    threads: set[int] = field(default_factory=set)
     waiting: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -120,6 +122,7 @@ def _hear(noted: Backends, port: int) -> None:
 
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "socket.connect" and _port(arguments[1]) == port:
+            noted.threads.add(threading.get_ident())
             frame = _opens(sys._getframe(1))
             if frame is not None:
                 noted.opened += 1

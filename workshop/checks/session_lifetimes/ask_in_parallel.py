@@ -14,6 +14,7 @@ from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import Work, evidence
 from workshop.checks.lent import Conditions, connections
+from workshop.checks.returned import another_answer
 from workshop.checks.rules import USE_OF_POOLS, lock_without_an_end
 from workshop.checks.session_lifetimes.calls import (
     Holds,
@@ -28,13 +29,12 @@ from workshop.shop import Sale
 
 _AT_ONCE = 3
 _SESSION_SHARED = "https://sqlalche.me/e/21/isce"
-_MOST_SHOWN = 60
 _NO_PRODUCT = 2**40  # more than the column's type can hold: the query fails
 
 
 @dataclass(kw_only=True)
 class Reports(Work, Unpooled):
-    """Of so many calls `asked`, how many were `right`, and what another returned `instead`.
+    """Of so many calls `asked`, how many were `right`, and `another` tells what one returned instead.
 
     Of so many `failing`, `told` raised, and in `refused` the database was asked and refused. `most` is the most
     connections that one call had at once, `shared` says whether a connection was used by two tasks at the same time.
@@ -44,7 +44,7 @@ class Reports(Work, Unpooled):
 
     right: int
     asked: int
-    instead: str
+    another: Finding | None
     failing: int
     told: int
     refused: int
@@ -113,7 +113,11 @@ async def show_reports(
         done=len(expected) - len(wrong) + len(told),
         right=len(expected) - len(wrong),
         asked=len(expected),
-        instead=_difference(shown.get(wrong[0]), expected[wrong[0]]) if wrong else "",
+        another=another_answer(
+            f"report(Session, {list(expected[wrong[0]])})", shown.get(wrong[0]), expected[wrong[0]]
+        )
+        if wrong
+        else None,
         failing=len(failing),
         told=len(told),
         refused=len(refused),
@@ -136,26 +140,6 @@ def _is_from_the_database(error: BaseException | None) -> bool:
         or _is_from_the_database(each.__cause__ or each.__context__)
         for each in within(error)
     )
-
-
-def _difference(returned: Any, expected: dict[int, int]) -> str:
-    """What a report is, where it is not as it should be."""
-    if not isinstance(returned, dict):
-        return (
-            f"{_shown(returned)}, of the type {type(returned).__name__}; asked for was a dictionary"
-        )
-    for sku, count in expected.items():
-        if sku not in returned:
-            keys = f"its keys begin with {next(iter(returned))!r}" if returned else "it was empty"
-            return f"nothing for the number {sku} ({keys}); asked for was {count}"
-        if returned[sku] != count:
-            return f"{_shown(returned[sku])} for the number {sku}; asked for was {count}"
-    return f"{len(returned)} numbers; asked for were {len(expected)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _errors_in(report: Any) -> list[str]:
@@ -196,12 +180,8 @@ def takes_the_whole_pool(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def demands(run: Recording, seen: Reports) -> Iterator[Finding]:
     """A call with a query that failed raises, and each other returns its sums."""
-    if seen.right < seen.asked:
-        yield Finding(
-            "not-what-was-asked",
-            f"Of {seen.asked} calls that could succeed, {seen.right} returned what was asked for."
-            f" One returned {seen.instead}.",
-        )
+    if seen.another is not None:
+        yield seen.another
     if seen.refused < seen.failing:
         yield Finding(
             "looks-for-it-itself",

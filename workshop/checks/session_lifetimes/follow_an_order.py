@@ -96,7 +96,7 @@ async def open_tabs(
     async def make(number: int) -> None:
         app = shop(sessions, news.changed)
         if not callable(app):
-            raise TypeError(f"shop returned {app!r}; asked for was the application")
+            raise TypeError(f"shop returned {app!r}; the task wants the application")
         apps.append(app)
 
     async def visit(tabs: Sequence[Tab], number: int) -> None:
@@ -262,7 +262,7 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
         yield Finding(
             "not-what-was-asked",
             f'{len(seen.began)} pages were opened when their orders were "new", and {seen.done} began with that;'
-            f' another {others[0]}. Asked for was "data: new" and an empty line.',
+            f' another {others[0]}. The task wants "data: new" and an empty line.',
         )
     if not all(seen.kept_up):
         yield Finding(
@@ -279,7 +279,7 @@ def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
         yield Finding(
             "not-what-was-asked",
             f"An order that does not exist was answered with the status {seen.strangers_status};"
-            " asked for was 404.",
+            " the task wants 404.",
         )
 
 

@@ -225,7 +225,7 @@ def wrong_way_of_working(run: Recording, seen: Jobs) -> Iterator[Finding]:
         yield Finding(
             "forgets-to-commit" if is_lost else "not-what-was-asked",
             f"{statuses.total()} jobs were exported, and they are"
-            f' {" and ".join(f"{status!r}" for status in statuses)} at the end; asked for was "done".',
+            f' {" and ".join(f"{status!r}" for status in statuses)} at the end; the task wants "done".',
         )
     again = max((fate.by for fate in seen.fates), key=lambda by: (len({*by}), len(by)))
     if len(again) > 1:

@@ -205,7 +205,7 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
         yield Finding(
             meanwhile.get(str(status), "not-what-was-asked"),
             f"While the provider was asked, other processes saw that the order {_was(status)};"
-            ' asked for was "paying".',
+            ' the task wants "paying".',
         )
     if any(fate.charged > 1 for fate in seen.fates):
         yield Finding("claim-that-races", "Some orders were charged twice.")
@@ -282,7 +282,7 @@ def prove(run: Recording, seen: Payments) -> str:
     )
 
 
-pay_without_a_connection = Task(
+pay_without_a_connection: Task[Payments] = Task(
     "06",
     "pay_without_a_connection",
     "pay",

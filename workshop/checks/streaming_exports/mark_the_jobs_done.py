@@ -178,7 +178,7 @@ def _compare(
         elif now is not None and now != job and not found.wrong:
             found.wrong = (
                 f"Job {job.id} has status {now.status!r} and rows_done {now.rows_done};"
-                f" asked for were {right[0]!r} and {right[1]}."
+                f" the task wants {right[0]!r} and {right[1]}."
             )
         found.touched += now is None or (now.kind, now.created_at, now.finished_at) != (
             job.kind,
@@ -276,7 +276,7 @@ mark_the_jobs_done = Task(
     hints=(
         "Two hold on to the jobs: the list, and the session, which keeps what is changed until it is flushed. "
         "How many of them do you need at a time?",
-        "Read a page, change it, let the session write it, and only then read the next. By what does the next page "
+        "Read a page, change it, let the session write it, and only then read the next. Where does the next page "
         "begin, when the jobs that are done are no longer among those that you ask for?",
         "while jobs := (await session.scalars(queued.limit(500))).all(): change them, then await session.commit(). "
         "No expunge, no OFFSET: what is committed is neither queued nor kept.",

@@ -164,7 +164,7 @@ def names_somebody_else(run: Recording, seen: Alarm) -> Iterator[Finding]:
     if alive and all(map(_names_another, alive)):
         yield Finding("not-the-largest", str(first))
     if first.said is None:  # a return may be missing, or return None
-        yield Finding("not-what-was-asked", f"{first} Asked for was {first.wanted!r}.")
+        yield Finding("not-what-was-asked", f"{first} The task wants {first.wanted!r}.")
     yield Finding("not-what-was-asked", f"{first.situation}. {first.difference}")
 
 

@@ -63,13 +63,10 @@ async def scrape_a_day(
         pool_timeout=None,
         pool_logging_name="shop",
     )
-    shop = Scraped(metrics, engine)
-    nightly = Scraped(
-        metrics,
-        create_async_engine(conditions.url, poolclass=NullPool, pool_logging_name="nightly job"),
-    )
     _set_clocks_apart(metrics)
+    other = create_async_engine(conditions.url, poolclass=NullPool, pool_logging_name="nightly job")
     async with backends(conditions) as server:
+        shop, nightly = Scraped(metrics, engine, server), Scraped(metrics, other, server)
         async with evidence(conditions, engine) as noted:
             with contextlib.suppress(GaveUpError):
                 await shop.begin()
@@ -155,7 +152,7 @@ def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
     took = next((look for look in seen.looks if look.took), None)
     if took is not None or any("MissingGreenlet" in request.outcome for request in run.requests):
         when = f" {took.when}" if took is not None else ""
-        yield Finding("needs-a-connection", f"The scrape{when} asked for a connection of the pool.")
+        yield Finding("needs-a-connection", f"The scrape{when} asked for a connection.")
 
 
 def asks_the_loop(run: Recording, seen: Day) -> Iterator[Finding]:

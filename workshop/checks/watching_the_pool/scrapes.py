@@ -16,6 +16,7 @@ from ormscope import PoolScope
 from ormscope.lab import storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.returned import another_answer
+from workshop.checks.unpooled import Backends
 from workshop.checks.watching_the_pool.moments import MOMENTS, until
 
 NUMBERS = ("checked_out", "waiting", "oldest_wait")
@@ -87,11 +88,12 @@ class Look:
 class Scraped:
     """An engine with the learner's metrics, scraped from a thread as `start_http_server` does."""
 
-    def __init__(self, metrics: Callable[..., Any], engine: AsyncEngine) -> None:
+    def __init__(self, metrics: Callable[..., Any], engine: AsyncEngine, server: Backends) -> None:
         self.engine, self.scope = engine, PoolScope(engine)
         self.looks: list[Look] = []
         self.odd: Finding | None = None
         self._metrics = metrics
+        self._server = server
         self._measure: Any = None
 
     async def begin(self) -> None:
@@ -146,7 +148,7 @@ class Scraped:
                 start - held if held is not None else 0.0,
                 longest_so_far=self.scope.longest_wait,
                 checkouts=self.scope.checkouts,
-                took=self._asked() != before,
+                took=self._asked() != before or thread.ident in self._server.threads,
                 hung=not ended,
             )
             self.looks.append(scraped)
