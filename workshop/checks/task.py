@@ -205,10 +205,9 @@ class Task(Generic[Noted]):
         """How far a load was that has not ended, and where it stood."""
         seconds = self.load_seconds if has_noted else run.fuse
         said = f"After {seconds:g} s, {len(run.requests)} of {run.announced} calls had ended"
-        many = self._lines_printed > _MOST_LINES_SHOWN
-        printed = (
-            f" It had printed {self._lines_printed:,} lines, which takes time." if many else ""
-        )
+        printed = ""
+        if self._lines_printed > _MOST_LINES_SHOWN:
+            printed = f" It had printed {self._lines_printed:,} lines, which takes time."
         if not has_noted:
             seen = [verdict for pool in run.pools for verdict in (*pool.troubles, pool.last)]
             blocked = [verdict.blocked for verdict in seen if verdict and verdict.blocked]

@@ -72,16 +72,12 @@ class Pages(Work, Unpooled):
 
 
 class ReopeningSession(Session):
-    """A session that notes in `info["found"]` when it begins anew after it was closed."""
+    """A session that notes in its `info` that it was closed: it may begin anew."""
 
     def close(self) -> None:
         """As always."""
         self.info["closed"] = True
         super().close()
-
-
-def _note_reopened(session: Session, *rest: Any) -> None:
-    session.info["found"]["reopened"] += session.info.get("closed", False)
 
 
 async def open_tabs(
@@ -91,7 +87,11 @@ async def open_tabs(
     engine, customers, found = conditions.engine(capacity), own_households(), Counter[str]()
     stranger = Tab(2**31 - 1 - os.getpid())
     holds, news, apps = Holds(engine), News(), list[Any]()
-    event.listen(ReopeningSession, "after_begin", _note_reopened)
+
+    def note_reopened(session: Session, *_: Any) -> None:
+        found["reopened"] += session.info.get("closed", False)
+
+    event.listen(ReopeningSession, "after_begin", note_reopened)
 
     async def make(number: int) -> None:
         app = shop(sessions, news.changed)
@@ -104,7 +104,9 @@ async def open_tabs(
         try:
             await tabs[number].visit(apps[0])
         except Exception as error:
-            if tabs[number] is not stranger or not isinstance(error.__cause__, HTTPException):
+            if tabs[number] is not stranger or not isinstance(
+                error.__cause__ or error, HTTPException
+            ):
                 raise_own(error)
             found["too late"] += 1
 
@@ -119,9 +121,7 @@ async def open_tabs(
         # These are opened when the first pages have been closed, and their orders have changed since.
         early, late = pages[:_LATE_TABS], [Tab(order) for order in orders[:_LATE_TABS]]
         async with evidence(conditions, engine) as noted:
-            sessions = async_sessionmaker(
-                engine, sync_session_class=ReopeningSession, info={"found": found}
-            )
+            sessions = async_sessionmaker(engine, sync_session_class=ReopeningSession)
             if (await storm(make, 1))["ok"]:
                 day = asyncio.create_task(
                     _let_orders_change(others, pages, early, news, holds, found)
@@ -223,21 +223,16 @@ async def _settled(pages: Sequence[Tab], status: str, news: News) -> None:
 
 
 def holds_while_it_waits(run: Recording, seen: Pages) -> Iterator[Finding]:
-    """A connection that nobody needs until something changes, or somebody has read."""
+    """A connection that nobody needs until something changes, or somebody has read; or a look again and again."""
     if seen.found["idle"]:
         yield Finding(
             "closed-session-opens-again" if seen.found["reopened"] else "as-long-as-the-response",
             "Pages that only waited for news had a connection checked out.",
         )
     if seen.found["slow"]:
-        yield Finding(
-            "holds-while-they-read",
-            "Pages whose customer read slowly had a connection checked out.",
-        )
+        told = "Pages whose customer read slowly had a connection checked out."
+        yield Finding("holds-while-they-read", told)
 
-
-def asks_all_the_time(run: Recording, seen: Pages) -> Iterator[Finding]:
-    """Pages that look, instead of waiting for news."""
     if seen.found["questions"] > 1:
         yield Finding(
             "asks-all-the-time",
@@ -246,8 +241,8 @@ def asks_all_the_time(run: Recording, seen: Pages) -> Iterator[Finding]:
         )
 
 
-def status_comes_first(run: Recording, seen: Pages) -> Iterator[Finding]:
-    """Who does not look before the first byte cannot say 404 any more."""
+def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
+    """A page shows each change of its order, and where there is no order the answer is 404."""
     if seen.strangers_status == 200 and seen.found["too late"]:
         yield Finding(
             "status-comes-first",
@@ -255,9 +250,6 @@ def status_comes_first(run: Recording, seen: Pages) -> Iterator[Finding]:
             " and an HTTPException was raised after that.",
         )
 
-
-def demands(run: Recording, seen: Pages) -> Iterator[Finding]:
-    """A page shows each change of its order, and where there is no order the answer is 404."""
     if others := [began for began in seen.began if began != _RIGHT_BEGINNING]:
         yield Finding(
             "not-what-was-asked",
@@ -305,8 +297,6 @@ follow_an_order = Task(
         retries,
         deadlock,
         *LEFT_OVER,
-        status_comes_first,
-        asks_all_the_time,
     ),
     demands=(demands,),
     proof=prove,

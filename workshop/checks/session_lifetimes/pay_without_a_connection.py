@@ -40,7 +40,7 @@ class Fate:
     """What became of an order: its status `before` and `after`, and how often it was `charged`.
 
     Its `role` is "accepted" or "declined" by the provider, "unanswered", "given up" by the customer, or "left alone".
-    `told` says whether the call raised what had to come out.
+    `told` says whether the call raised what it had to.
     """
 
     role: str
@@ -197,9 +197,8 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
     """An order is claimed before the provider is asked, charged once, and its status tells what came of it."""
     charged = {fate.before for fate in seen.those("left alone") if fate.charged}
     if charged - {"paying"}:
-        yield Finding(
-            "asks-before-it-looks", "Orders were charged that were cancelled, or paid already."
-        )
+        told = "Orders were charged that were cancelled, or paid already."
+        yield Finding("asks-before-it-looks", told)
     meanwhile = {"new": "claims-nothing", "paid": "paid-before-the-money"}
     for status in sorted(seen.asked.statuses.keys() - {"paying"}, key=str):
         yield Finding(
@@ -216,22 +215,18 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
         )
     for fate in seen.those("left alone"):
         if fate.after != fate.before:
-            yield Finding(
-                "more-than-asked",
-                f'An order that was "{fate.before}" and that nobody was to touch'
-                f" {_was(fate.after)} afterwards.",
+            told = (
+                f'An order to be left alone was "{fate.before}", and {_was(fate.after)} afterwards.'
             )
+            yield Finding("more-than-asked", told)
     for fate in seen.fates:
         is_known = fate.role == "accepted" or (fate.role == "given up" and fate.charged)
         if fate.after == "paid" != fate.before and not is_known:
             why = f"whose payment was {fate.role}"
             yield Finding("paid-before-the-money", f'An order {why} is "paid" at the end.')
-    could_be_paid = seen.those("accepted")
-    if not all(fate.charged for fate in could_be_paid):
+    if unpaid := sum(not fate.charged for fate in seen.those("accepted")):
         yield Finding(
-            "success-without-work",
-            f"Of {len(could_be_paid)} orders that could be paid,"
-            f" {sum(fate.charged > 0 for fate in could_be_paid)} were charged.",
+            "success-without-work", f"{unpaid} orders that could be paid were never charged."
         )
     yield from _wrong_ends(seen)
     for name in seen.renamed:
@@ -270,15 +265,15 @@ def _wrong_ends(seen: Payments) -> Iterator[Finding]:
 def prove(run: Recording, seen: Payments) -> str:
     """What a run of a right answer has shown."""
     lost = [fate.after for fate in seen.those("unanswered") if fate.charged]
-    new, then = (
-        ("new again", "pays twice") if "new" in lost else ('not "new"', "does not pay twice")
-    )
+    then = '"new" again: the next click pays'
+    if "new" not in lost:
+        then = 'not "new": the next click does not pay'
     paid = len(seen.those("accepted"))
     return (
         f"{paid} of {paid} orders charged once and paid, {len(seen.those('declined'))} declined, with"
         f" {connections(run)}, and none of them held while the provider worked.\n"
         f"{len(lost)} times the provider's answer was lost after the money had gone, and these orders"
-        f" are {new}: the next click {then}."
+        f" are {then} twice."
     )
 
 

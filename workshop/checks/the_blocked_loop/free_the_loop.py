@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from workshop.checks.rules import (
     sync_engine_in_async_code,
 )
 from workshop.checks.task import Task
-from workshop.checks.the_blocked_loop.pulse import pulse
+from workshop.checks.the_blocked_loop.pulse import Beats, pulse
 from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
 from workshop.shop import Sale
 
@@ -48,8 +47,7 @@ _OTHER_LOOP = ("attached to a different loop", "bound to a different event loop"
 
 @dataclass(kw_only=True)
 class Reports(Unpooled):
-    """How many reports were `right`, `another` the first that was not, and what the loop's pulse showed meanwhile: see
-    `Pulse`.
+    """How many reports were `right`, `another` the first that was not, and `beats` what the loop's pulse showed.
 
     `processes` is how many processes the code wanted to start, `disposed` whether an engine has another pool than it
     had, and `still_working` how many connections were busy for nobody when all calls had ended.
@@ -57,11 +55,7 @@ class Reports(Unpooled):
 
     right: int
     another: Finding | None
-    stood_still: float
-    stands_at: str
-    waits: Counter[str]
-    threads: int
-    steps: int
+    beats: Beats
     processes: int
     disposed: bool
     still_working: int
@@ -69,7 +63,8 @@ class Reports(Unpooled):
     @property
     def stall(self) -> str:
         """That the loop stood still, and where, in words."""
-        return f"While your calls ran, the loop stood still again and again, in {self.stands_at}"
+        ((place, _),) = self.beats.places.most_common(1)
+        return f"While your calls ran, the loop stood still again and again, in {place}"
 
 
 async def ask_for_reports(
@@ -119,11 +114,7 @@ async def ask_for_reports(
             (another_answer(f"report(old, shop, {sku})", row, wanted[sku]) for sku, row in others),
             None,
         ),
-        stood_still=measured.stood_still,
-        stands_at=measured.stands_at,
-        waits=measured.waits,
-        threads=measured.threads,
-        steps=measured.steps,
+        beats=measured,
         processes=len(wished),
         disposed=disposed,
         still_working=still_working,
@@ -172,7 +163,7 @@ def asks_another_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def turns_round_and_round(run: Recording, seen: Reports) -> Iterator[Finding]:
     """A loop that never rests while it waits."""
-    if seen.steps > _MOST_STEPS * run.announced:
+    if seen.beats.steps > _MOST_STEPS * run.announced:
         yield Finding(
             "asks-again-and-again",
             f"The loop took more than {_MOST_STEPS} steps for each report; it needs two dozen or so.",
@@ -190,22 +181,23 @@ def disposes_of_an_engine(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def blocks_the_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
     """The loop stood still; the idea is in what it stood still for."""
-    if seen.stood_still <= _STOOD_STILL:
+    if seen.beats.stood_still <= _STOOD_STILL:
         return
     if any("is not callable" in request.error for request in run.requests):
         yield Finding(
             "calls-instead-of-passing",
             f"{seen.stall}; and what it returned was then called, which raised TypeError.",
         )
-    if seen.waits["pool"]:
+    waits = seen.beats.waits
+    if waits["pool"]:
         yield Finding(
             "pool-wait-without-await",
             f"{seen.stall}: it waited for a connection of the synchronous pool, and those who had one could not go on.",
         )
-    if seen.waits["thread"]:
+    if waits["thread"]:
         yield Finding("waits-for-the-thread", f"{seen.stall}, where it waited for a thread.")
     # A stack that is left while it is read looks cut off, as a greenlet's does; few of many looks do.
-    if seen.waits["in a greenlet"] > seen.waits["call"]:
+    if waits["in a greenlet"] > waits["call"]:
         yield Finding("run-sync-is-no-thread", f"{seen.stall}, in a call that SQLAlchemy made.")
     if own_pools(run, seen) or seen.tampered:
         yield Finding(
@@ -223,7 +215,7 @@ def blocks_the_loop(run: Recording, seen: Reports) -> Iterator[Finding]:
 
 def thread_for_each_call(run: Recording, seen: Reports) -> Iterator[Finding]:
     """Threads without a limit."""
-    if seen.threads > _MOST_THREADS:
+    if seen.beats.threads > _MOST_THREADS:
         yield Finding(
             "thread-for-each-call",
             f"Your code started more than {_MOST_THREADS} threads.",

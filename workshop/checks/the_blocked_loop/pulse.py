@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FrameType
 
@@ -36,23 +37,30 @@ _THREAD_WAITS: set[CodeType] = {
 }
 
 
-class Pulse:
-    """The pulse of the running event loop, and what its thread does in the learner's code while there is none.
+@dataclass
+class Beats:
+    """What is noted of an event loop, and of what its thread does in the learner's code while it stands still.
 
-    `stood_still` is how many seconds the loop stood still within the learner's code. `waits` counts what it was
-    seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the task's own.
-    `longest_work` is the longest time that the loop's thread worked in one step of the loop, in seconds of its own:
-    while the machine is busy with others, it does not work. `steps` is how many steps it took, and `threads` the most
-    threads at once, beyond those at the beginning.
+    `stood_still` is how many seconds the loop stood still within the learner's code, and `places` counts where. `waits`
+    counts what it was seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the
+    task's own. `longest_work` is the longest time that the loop's thread worked in one step of the loop, in seconds of
+    its own: while the machine is busy with others, it does not work. `steps` is how many steps it took, and `threads`
+    the most threads at once, beyond those at the beginning.
     """
 
+    stood_still: float = 0.0
+    places: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+    longest_work: float = 0.0
+    steps: int = 0
+    threads: int = 0
+
+
+class Pulse:
+    """The pulse of the running event loop."""
+
     def __init__(self) -> None:
-        self.stood_still = 0.0
-        self.waits = Counter[str]()
-        self._places = Counter[str]()
-        self.longest_work = 0.0
-        self.steps = 0
-        self.threads = 0
+        self.noted = Beats()
         self._closed = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -63,11 +71,6 @@ class Pulse:
         self._threads_before = threading.active_count() + 1  # with the one that looks
         self._looker = threading.Thread(target=self._look, name="the check", daemon=True)
         self._looker.start()
-
-    @property
-    def stands_at(self) -> str:
-        """Where in the learner's code the loop stood still most of the time; empty where it never did."""
-        return max(self._places, key=self._places.__getitem__, default="")
 
     def close(self) -> None:
         """Stop, and count what is going on."""
@@ -81,14 +84,14 @@ class Pulse:
         """Take a step of a loop, and note how long it took if it is this one."""
         is_mine = threading.get_ident() == self._loop_thread
         if is_mine:
-            self.steps += 1
+            self.noted.steps += 1
             self._began = time.thread_time()
         run()
         if is_mine:
             self._note_work()
 
     def _note_work(self) -> None:
-        self.longest_work = max(self.longest_work, time.thread_time() - self._began)
+        self.noted.longest_work = max(self.noted.longest_work, time.thread_time() - self._began)
 
     def _beat(self) -> None:
         self._count()
@@ -97,12 +100,14 @@ class Pulse:
     def _count(self) -> None:
         now = time.perf_counter()
         if self._seen_at == self._beaten:
-            self.stood_still += now - self._beaten
+            self.noted.stood_still += now - self._beaten
         self._beaten = now
 
     def _look(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            self.threads = max(self.threads, threading.active_count() - self._threads_before)
+            self.noted.threads = max(
+                self.noted.threads, threading.active_count() - self._threads_before
+            )
             beaten = self._beaten
             if time.perf_counter() - beaten < _LATE_SECONDS:
                 continue
@@ -113,14 +118,14 @@ class Pulse:
             self._seen_at = beaten
             code = {frame.f_code for frame in frames}
             if _POOL_WAIT in code:
-                self.waits["pool"] += 1
+                self.noted.waits["pool"] += 1
             elif code & _THREAD_WAITS:
-                self.waits["thread"] += 1
+                self.noted.waits["thread"] += 1
             elif _LOOP_STEP not in code:  # a stack of its own, that begins below the loop
-                self.waits["in a greenlet"] += 1
+                self.noted.waits["in a greenlet"] += 1
             else:
-                self.waits["call"] += 1
-            self._places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
+                self.noted.waits["call"] += 1
+            self.noted.places[place((own[-1].f_code, own[-1].f_lineno)).short] += 1
 
 
 def _is_learners(frame: FrameType) -> bool:
@@ -129,7 +134,7 @@ def _is_learners(frame: FrameType) -> bool:
 
 
 @contextmanager
-def pulse() -> Iterator[Pulse]:
+def pulse() -> Iterator[Beats]:
     """Measure the pulse of the running event loop from here to the end of the block."""
     measured, run = Pulse(), asyncio.Handle._run
 
@@ -138,7 +143,7 @@ def pulse() -> Iterator[Pulse]:
 
     asyncio.Handle._run = step  # type: ignore[assignment, method-assign]
     try:
-        yield measured
+        yield measured.noted
     finally:
         asyncio.Handle._run = run  # type: ignore[method-assign]
         measured.close()

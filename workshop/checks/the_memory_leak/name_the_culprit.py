@@ -192,8 +192,8 @@ def prove(run: Recording, seen: Alarm) -> str:
     """What a run of a right answer has shown."""
     said = [question.said for question in seen.asked]
     return (
-        f"{len(said)} censuses, {len({*said} - {None})} different culprits, each named;"
-        f" {said.count(None)} times nothing was alive, and no alarm was raised."
+        f"{len(said)} censuses, {len({*said} - {None})} different culprits, each named; where nothing was alive"
+        f" ({said.count(None)} of {len(said)}), no alarm was raised."
     )
 
 

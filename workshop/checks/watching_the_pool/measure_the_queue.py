@@ -33,7 +33,6 @@ _APART_SECONDS = 0.15  # between the first and the others in line
 _APART_CLOCKS = 1e6  # seconds between the zeros of two clocks
 _NO_AGE = 60.0  # seconds; nobody here waits for so long, or since before the beginning
 _AXES = {"checked_out": "checked out", "waiting": "waiting", "oldest_wait": "oldest wait, s"}
-_ENGINES = 2  # of the shop, and of the nightly job
 
 
 @dataclass(kw_only=True)
@@ -147,7 +146,7 @@ def returns_something_else(run: Recording, seen: Day) -> Iterator[Finding]:
 
 def takes_part(run: Recording, seen: Day) -> Iterator[Finding]:
     """A scrape that takes part in what it watches."""
-    if len(run.pools) > _ENGINES:
+    if len(run.pools) > 2:  # of the shop, and of the nightly job
         yield Finding("needs-a-connection", "Your code made an engine of its own.")
     took = next((look for look in seen.looks if look.took), None)
     if took is not None or any("MissingGreenlet" in request.outcome for request in run.requests):
@@ -159,10 +158,8 @@ def asks_the_loop(run: Recording, seen: Day) -> Iterator[Finding]:
     """A scrape that needs the event loop, and is there to tell that it stands still."""
     wrong = [look for look in seen.looks if any(map(look.is_wrong, NUMBERS))]
     if any(look.on_the_loop for look in seen.looks):
-        yield Finding(
-            "asks-the-loop",
-            "What your function returned is to be awaited, and a thread cannot do that.",
-        )
+        told = "What your function returned has to be awaited, and a thread cannot do that."
+        yield Finding("asks-the-loop", told)
     stood_still = [look for look in seen.looks if look.moment == "loop blocked"]
     raised = [look for look in seen.looks if look.raised]
     if any(look.hung for look in stood_still) or (raised and raised == stood_still):
