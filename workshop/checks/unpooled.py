@@ -93,9 +93,14 @@ async def backends(conditions: Conditions) -> AsyncIterator[Backends]:
         event.remove(DefaultDialect, "do_connect", _mark)
 
 
-def of_the_check(conditions: Conditions, size: int) -> asyncpg.Pool:
+@asynccontextmanager
+async def of_the_check(conditions: Conditions, size: int) -> AsyncIterator[asyncpg.Pool]:
     """Connections of the check's own, which look as other processes would."""
-    return asyncpg.create_pool(_dsn(conditions), min_size=size, max_size=size, **_SETTINGS)
+    pool = await asyncpg.create_pool(_dsn(conditions), min_size=size, max_size=size, **_SETTINGS)
+    try:
+        yield pool
+    finally:
+        pool.terminate()  # close() would wait for what was cancelled while it had one
 
 
 def blocking_one(conditions: Conditions) -> psycopg.Connection:

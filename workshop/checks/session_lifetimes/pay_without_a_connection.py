@@ -199,13 +199,9 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
     if charged - {"paying"}:
         told = "Orders were charged that were cancelled, or paid already."
         yield Finding("asks-before-it-looks", told)
-    meanwhile = {"new": "claims-nothing", "paid": "paid-before-the-money"}
-    for status in sorted(seen.asked.statuses.keys() - {"paying"}, key=str):
-        yield Finding(
-            meanwhile.get(str(status), "not-what-was-asked"),
-            f"While the provider was asked, other processes saw that the order {_was(status)};"
-            ' the task wants "paying".',
-        )
+    statuses = seen.asked.statuses
+    if statuses["new"] > statuses["paying"]:
+        yield _meanwhile("new")
     if any(fate.charged > 1 for fate in seen.fates):
         yield Finding("claim-that-races", "Some orders were charged twice.")
     if charged:
@@ -213,6 +209,7 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
             "asks-before-it-looks",
             'Orders were charged that were "paying" already: somebody else was asking for the money.',
         )
+    yield from map(_meanwhile, sorted(statuses.keys() - {"paying"}, key=str))
     for fate in seen.those("left alone"):
         if fate.after != fate.before:
             told = (
@@ -240,6 +237,14 @@ def demands(run: Recording, seen: Payments) -> Iterator[Finding]:
             f"{len(silent)} calls ended as if all had gone well: the provider had raised an error,"
             " or the call was cancelled.",
         )
+
+
+def _meanwhile(status: str | None) -> Finding:
+    ideas = {"new": "claims-nothing", "paid": "paid-before-the-money"}
+    seen = f"While the provider was asked, other processes saw that the order {_was(status)}"
+    return Finding(
+        ideas.get(str(status), "not-what-was-asked"), f'{seen}; the task wants "paying".'
+    )
 
 
 def _was(status: str | None) -> str:
