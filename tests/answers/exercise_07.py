@@ -217,6 +217,17 @@ def closes_the_scope(engine, scope):
     return measure
 
 
+def by_the_time_of_the_loop(engine, scope):
+    loop = asyncio.get_running_loop()
+
+    def measure():
+        waiters = scope.waiters
+        oldest = loop.time() - waiters[0].since if waiters else 0
+        return numbers(scope.checked_out, len(waiters), oldest)
+
+    return measure
+
+
 def disposes_of_the_engine(engine, scope):
     def measure():
         found = from_the_scope(engine, scope)()
@@ -452,6 +463,7 @@ ANSWERS = {
             (asks_the_server, "needs-a-connection"),
             (now_is_when_it_began, "not-what-was-asked"),
             (on_the_clock_of_the_loop, "another-clock"),
+            (by_the_time_of_the_loop, "another-clock"),
             (in_milliseconds, "not-what-was-asked"),
             (whole_seconds, "not-what-was-asked"),
             (nothing_when_nobody_waits, "not-what-was-asked"),
