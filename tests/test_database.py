@@ -567,6 +567,46 @@ def test_ended_watchdog_cleans_up_and_the_process_is_told(
     ours.stop()
 
 
+# --- restarting -----------------------------------------------------------------------------
+
+
+def test_a_restart_keeps_the_address_and_the_data_and_ends_all_connections(server: Server) -> None:
+    """Twice, for what is written down of the first must not disturb the second."""
+    ours = start_server()
+    for number in range(2):
+
+        async def restarted() -> database.Restart:
+            connection = await asyncpg.connect(ours.url.replace("+asyncpg", "", 1))
+            await connection.execute("INSERT INTO orders (household_id, status) VALUES (1, 'new')")
+            restart = await asyncio.to_thread(ours.restart, 0.3)
+            with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+                await connection.execute("SELECT 1")
+            return restart
+
+        before = time.monotonic()
+        restart = asyncio.run(restarted())
+        assert before < restart.down < restart.up - 0.3 < time.monotonic()
+        assert ask(ours.url, "SELECT count(*) FROM orders") == number + 1
+    ours.stop()
+    assert ask(server.url, "SELECT 1") == 1
+
+
+def test_killed_while_it_restarts(warm: Path) -> None:
+    """In the pause, when there is no server, and right after it was asked for."""
+    for delay in (0.0, 1.5):
+        program = (
+            "from workshop.database import start_server\n"
+            "server = start_server()\n"
+            "print('started', flush=True)\n"
+            "server.restart(60)\n"
+        )
+        process = start(program, warm)
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        time.sleep(delay)
+        kill(process, warm)
+
+
 # --- DATABASE_URL ---------------------------------------------------------------------------
 
 

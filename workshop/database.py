@@ -56,6 +56,14 @@ class Database:
         return f"{self.name} at {host}:{port}/{_parsed(self.url).database}, as DATABASE_URL says"
 
 
+@dataclass(frozen=True)
+class Restart:
+    """When a server was gone and when it answered again, in seconds of `time.monotonic()`."""
+
+    down: float
+    up: float
+
+
 class Server:
     """A private database, and the watchdog process that keeps it while this process lives."""
 
@@ -68,6 +76,14 @@ class Server:
     def url(self) -> str:
         """The address for create_async_engine."""
         return self.database.url
+
+    def restart(self, pause: float = 0.0) -> Restart:
+        """Stop the server and start it again at the same address, with the same data, `pause` seconds later.
+
+        As an administrator does it: connections are ended, whatever they are at. Returns when it answers
+        again. Raises RuntimeError where it does not come back, BrokenPipeError where it was gone already.
+        """
+        return Restart(**_request(self._watchdog, {"restart": pause}))
 
     def stop(self) -> None:
         """End the database, and wait until its server and its folder are gone."""
@@ -208,21 +224,26 @@ def _ask(request: dict[str, Any]) -> tuple[Keeper, dict[str, Any]]:
         "from workshop.watchdog import main; main()"
     )
     watchdog = Keeper(program, str(ROOT), stdout=subprocess.PIPE)
-    stdin, stdout = watchdog.process.stdin, watchdog.process.stdout
-    assert stdin is not None and stdout is not None
     try:
-        stdin.write(json.dumps(request).encode("ascii") + b"\n")
-        stdin.flush()
-        line = stdout.readline()
-        answer = json.loads(line) if line else {"failure": "the watchdog ended without an answer"}
-        if "mistake" in answer:
-            raise Mistake(answer["mistake"])
-        if "failure" in answer:
-            raise RuntimeError(answer["failure"])
+        return watchdog, _request(watchdog, request)
     except BaseException:
         # Also an interrupt: nothing may be left of a start that nobody waits for any more.
         watchdog.stop()
         raise
-    finally:
-        stdout.close()
-    return watchdog, answer
+
+
+def _request(watchdog: Keeper, request: dict[str, Any]) -> dict[str, Any]:
+    """Send a watchdog a line and wait for its answer."""
+    stdin, stdout = watchdog.process.stdin, watchdog.process.stdout
+    assert stdin is not None and stdout is not None
+    stdin.write(json.dumps(request).encode("ascii") + b"\n")
+    stdin.flush()
+    line = stdout.readline()
+    answer: dict[str, Any] = (
+        json.loads(line) if line else {"failure": "the watchdog ended without an answer"}
+    )
+    if "mistake" in answer:
+        raise Mistake(answer["mistake"])
+    if "failure" in answer:
+        raise RuntimeError(answer["failure"])
+    return answer

@@ -49,12 +49,15 @@ class Keeper:
     def stop(self) -> None:
         """Tell it that it is over, and wait until it has cleaned up. In a forked child this does nothing."""
         if os.getpid() == self._owner:
-            self._let_go()
+            assert self.process.stdin is not None
+            self.process.stdin.close()
             self.process.wait(timeout=_END_SECONDS)
+            self._let_go()
 
     def _let_go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 _running: weakref.WeakSet[Keeper] = weakref.WeakSet()

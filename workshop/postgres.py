@@ -365,6 +365,10 @@ class Cluster:
         """Start the server and wait until it answers."""
         await to_the_end(self._start())
 
+    async def start_again(self) -> None:
+        """Start a stopped server at the address that it had, and wait until it answers."""
+        await to_the_end(self._start(self.port))
+
     async def stop(self, mode: str = "fast") -> None:
         """Stop the server, if it runs, and wait until it is gone.
 
@@ -387,12 +391,12 @@ class Cluster:
         )
         pwfile.unlink()
 
-    async def _start(self) -> None:
+    async def _start(self, port: int | None = None) -> None:
         settings = " ".join(f"-c {name}={value}" for name, value in SETTINGS.items())
         # Another program can take the free port before the server does; a fifth time it is not
         # chance any more.
         for attempt in range(1, 6):
-            self.port = free_port()
+            self.port = port or free_port()
             self.log.write_bytes(b"")
             if self.account is not None:
                 self.account.take(self.log)
@@ -403,7 +407,8 @@ class Cluster:
                 )
             except NoServer:
                 said = self.log.read_text(encoding="utf-8", errors="replace")
-                if "could not create any TCP/IP sockets" in said and attempt < 5:
+                taken = "could not create any TCP/IP sockets" in said
+                if taken and port is None and attempt < 5:
                     continue
                 raise NoServer(f"PostgreSQL does not start: {_last_line(said)}") from None
             self.running = True

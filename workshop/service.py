@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import httpx
 import uvicorn
@@ -37,3 +39,48 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     finally:
         server.should_exit = True
         await running
+
+
+class Answer(NamedTuple):
+    """What a client asked, and when (`time.monotonic()`); for how many seconds it waited, and the HTTP status."""
+
+    request: str
+    asked: float
+    waited: float
+    status: int
+
+
+async def clients(
+    browser: httpx.AsyncClient, count: int, seconds: float, requests: Sequence[str]
+) -> list[Answer]:
+    """So many clients of the service that `browser` is a client of; each asks one thing after another.
+
+    `requests` are such as "GET /bananas"; each client begins at another of them, and starts no request after
+    `seconds`. (httpx looks through all connections of a client for each request: with 200, it would take far
+    longer than the service. So each of these has one plain connection of its own.)
+    """
+    answers: list[Answer] = []
+    end = time.monotonic() + seconds
+    host, port = browser.base_url.host, browser.base_url.port
+
+    async def client(number: int) -> None:
+        turn, writer = number, None
+        while (asked := time.monotonic()) < end:
+            if writer is None:
+                reader, writer = await asyncio.open_connection(host, port, limit=2**20)
+            request = requests[turn % len(requests)]
+            writer.write(f"{request} HTTP/1.1\r\nHost: shop\r\nContent-Length: 0\r\n\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+            answers.append(Answer(request, asked, time.monotonic() - asked, int(head.split()[1])))
+            turn += 1
+            if answers[-1].status == 500:  # after an error that nobody has handled, uvicorn closes
+                writer.close()
+                writer = None
+        if writer is not None:
+            writer.close()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(count):
+            group.create_task(client(number))
+    return answers

@@ -9,6 +9,12 @@ makes the folder itself, so there is no moment at which a killed parent could le
               {"scale": 1, "url": "..."}    load the shop into a database of the user's, and end
     answer:   {"url": ..., "name": ...}
               {"mistake": "one line"}  or  {"failure": "a traceback"}
+
+Whoever has a private database may then send, any number of times:
+
+    request:  {"restart": 1.5}              stop the server, wait for so many seconds, start it again
+    answer:   {"down": ..., "up": ...}      when it was gone and when it answered, on the monotonic
+                                            clock, which the processes of a machine share
 """
 
 from __future__ import annotations
@@ -101,6 +107,15 @@ class Private:
                 ) from error
             raise Mistake(WITHOUT_POSTGRESQL.format(reason=error)) from error
         return {"url": url, "name": f"PostgreSQL {programs.version}"}
+
+    async def restart(self, pause: float) -> dict[str, float]:
+        """Stop the server, which ends its clients, and start it at the same address `pause` seconds later."""
+        assert self.cluster is not None
+        await self.cluster.stop()
+        down = time.monotonic()
+        await asyncio.sleep(pause)
+        await self.cluster.start_again()
+        return {"down": down, "up": time.monotonic()}
 
     async def close(self) -> None:
         """Stop the server and remove the folder, whatever state they are in."""
@@ -295,14 +310,17 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-async def _serve(request: dict[str, Any], private: Private) -> None:
-    """Answer the request; with a private database, keep it until cancelled."""
+async def _serve(
+    request: dict[str, Any], private: Private, further: asyncio.Queue[dict[str, Any]]
+) -> None:
+    """Answer the request; with a private database, keep it and restart it until cancelled."""
     try:
         if "url" in request:
             _answer(await _visit(request["url"], request["scale"]))
         else:
             _answer(await private.open())
-            await asyncio.Event().wait()
+            while True:
+                _answer(await private.restart((await further.get())["restart"]))
     except Exception as error:
         mistake = explain(error)
         if mistake is not None:
@@ -311,7 +329,7 @@ async def _serve(request: dict[str, Any], private: Private) -> None:
             _answer({"failure": traceback.format_exc()})
 
 
-def _answer(answer: Answer) -> None:
+def _answer(answer: Answer | dict[str, float]) -> None:
     """Write the answer. A parent that is gone reads nothing; the end of input says so too."""
     try:
         os.write(1, json.dumps(answer).encode("ascii") + b"\n")
@@ -322,7 +340,8 @@ def _answer(answer: Answer) -> None:
 async def _serve_until_input_ends(request: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     private = Private(request["scale"])
-    serving = asyncio.ensure_future(_serve(request, private))
+    further: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    serving = asyncio.ensure_future(_serve(request, private, further))
 
     def end() -> None:
         loop.call_soon_threadsafe(serving.cancel)
@@ -331,8 +350,12 @@ async def _serve_until_input_ends(request: dict[str, Any]) -> None:
         end()
 
     def watch() -> None:
-        while os.read(0, 4096):
-            continue
+        # Not through sys.stdin, whose lock this thread would hold while the interpreter ends.
+        unfinished = b""
+        while chunk := os.read(0, 4096):
+            *lines, unfinished = (unfinished + chunk).split(b"\n")
+            for line in lines:
+                loop.call_soon_threadsafe(further.put_nowait, json.loads(line))
         end()
 
     signal.signal(signal.SIGTERM, on_signal)
