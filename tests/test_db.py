@@ -224,6 +224,7 @@ def test_the_limits_strike_in_their_order(settings: db.Settings) -> None:
     assert (
         seconds(settings.lock_timeout)
         < seconds(settings.statement_timeout)
+        < settings.tcp_user_timeout
         < settings.command_timeout
         < seconds(settings.idle_in_transaction_session_timeout)
     )
@@ -250,7 +251,7 @@ def test_the_socket_notices_a_dead_network(settings: db.Settings) -> None:
         "TCP_KEEPIDLE": 30,
         "TCP_KEEPINTVL": 10,
         "TCP_KEEPCNT": 3,
-        "TCP_USER_TIMEOUT": 60_000,
+        "TCP_USER_TIMEOUT": 12_000,
         "SO_KEEPALIVE": 1,
     }
 

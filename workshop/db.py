@@ -65,9 +65,12 @@ class Settings(BaseModel, frozen=True):
     statement_timeout: str = "10s"
     idle_in_transaction_session_timeout: str = "60s"
 
-    # What the client allows, for the day when the server says nothing at all; longer than statement_timeout.
+    # For the day when the server says nothing at all, not even that a packet has arrived (Linux only); longer than
+    # a statement may last, for a server that is busy does not read.
+    tcp_user_timeout: float = 12.0
+    # What the client waits for an answer; asyncpg waits once more as long for its request to cancel to be heard.
     command_timeout: float = 15.0
-    # When a silent peer is given up: how long until the first probe, between probes, and how many.
+    # When nothing is in flight, the kernel asks: how long until the first probe, between probes, and how many.
     tcp_keepalives_idle: int = 30
     tcp_keepalives_interval: int = 10
     tcp_keepalives_count: int = 3
@@ -153,19 +156,15 @@ async def connect(settings: Settings, *args: Any, **options: Any) -> Any:
 
 
 def keep_alive(connected: Any, settings: Settings) -> None:
-    """Let the kernel look after an idle connection; what a platform lacks is left at its default."""
+    """Let the kernel look after the connection; what a platform lacks stays at its default."""
     if connected.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    unacknowledged = settings.tcp_keepalives_idle + (
-        settings.tcp_keepalives_interval * settings.tcp_keepalives_count
-    )
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {
         "TCP_KEEPIDLE": settings.tcp_keepalives_idle,
         "TCP_KEEPINTVL": settings.tcp_keepalives_interval,
         "TCP_KEEPCNT": settings.tcp_keepalives_count,
-        "TCP_USER_TIMEOUT": unacknowledged
-        * 1000,  # milliseconds; probes are sent only where nothing is in flight
+        "TCP_USER_TIMEOUT": round(settings.tcp_user_timeout * 1000),
     }.items():
         if hasattr(socket, name):
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
