@@ -111,7 +111,7 @@ def make_engine(settings: Settings) -> AsyncEngine:
         max_overflow=0,  # what is opened for a rush and closed after it costs the server most when it has least
         pool_timeout=settings.pool_timeout,
         pool_recycle=settings.pool_recycle,
-        pool_pre_ping=True,  # a round trip for each checkout; a dead connection is replaced, not handed out
+        pool_pre_ping=True,  # three short round trips; a dead connection is replaced, not handed out
         connect_args=connect_args,
     )
 
