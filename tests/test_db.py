@@ -1,6 +1,6 @@
 """workshop/db.py, the file that people take home: under 200 clients, with a restart of the server in between.
 
-    python tests/test_db.py --seconds 30
+    PYTHONPATH=. python tests/test_db.py --seconds 30
 
 is the same load for longer, and prints what it counted.
 """
