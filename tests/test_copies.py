@@ -85,7 +85,7 @@ def opening(path: Path) -> str:
 
 def test_a_copy_is_what_is_stored_without_its_outputs(checkout: Path) -> None:
     assert prepare(checkout) == ""
-    assert len(copies.copies()) == 15
+    assert len(copies.copies()) == 16
     for stored, copy in copies.copies().items():
         there = checkout / copy.relative_to(ROOT)
         mine, theirs = (nbformat.read(path, as_version=4) for path in (there, stored))
