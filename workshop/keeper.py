@@ -1,4 +1,4 @@
-"""A process that keeps something for as long as its parent lives: a database, a Prometheus.
+"""A process that keeps something for as long as its parent lives: a database, a Prometheus, a PgBouncer.
 
 The parent alone holds the other end of its standard input. However the parent goes (exit, restart, SIGKILL), that
 pipe closes, and the keeper ends what it keeps.
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 _END_SECONDS = 30.0
@@ -32,12 +33,19 @@ def free_port() -> int:
 class Keeper:
     """A Python program in a process of its own, which has to end when its standard input does.
 
-    `stdout` is what `Popen` takes. The program is found by its text, hence on any import path.
+    The program is given as its text, so that it is found on any import path. `cwd` and `stdout` are what `Popen` takes.
     """
 
-    def __init__(self, program: str, *arguments: str, stdout: int = subprocess.DEVNULL) -> None:
+    def __init__(
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path | None = None,
+        stdout: int = subprocess.DEVNULL,
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
+            cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=stdout,
             stderr=subprocess.DEVNULL,

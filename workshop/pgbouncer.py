@@ -11,15 +11,14 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
-from typing import Any, Self
+from typing import Self
 
 from sqlalchemy.engine import make_url
 
 from workshop import postgres
+from workshop.keeper import Keeper, free_port
 from workshop.mistake import Mistake
-from workshop.prometheus import free_port
 
 _START_SECONDS = 10.0
 # The first that knows prepared statements, and so the setting.
@@ -62,26 +61,15 @@ class PgBouncer:
             *(f"{name} = {value}" for name, value in setting.items()),
         ]
         self.url = database.set(port=port).render_as_string(hide_password=False)
-        # The keeper outlives a kernel that is killed with its process group, if only by a moment.
-        detached: dict[str, Any] = {"start_new_session": True}
-        if sys.platform == "win32":
-            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-            detached = {"creationflags": flags}
         account = postgres.unprivileged_account()  # it refuses to run as root, too
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-c", _KEEPER],
-            cwd=postgres.place_for(account),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **detached,
-        )
+        self._keeper = Keeper(_KEEPER, cwd=postgres.place_for(account))
         try:
-            assert self._keeper.stdin is not None
+            stdin = self._keeper.process.stdin
+            assert stdin is not None
             who = None if account is None else (account.uid, account.gid)
             request = {"program": found, "ini": "\n".join(lines), "account": who}
-            self._keeper.stdin.write(json.dumps(request).encode() + b"\n")
-            self._keeper.stdin.flush()
+            stdin.write(json.dumps(request).encode() + b"\n")
+            stdin.flush()
             self._await_ready(port)
         except BaseException:
             self.close()
@@ -89,7 +77,7 @@ class PgBouncer:
 
     def _await_ready(self, port: int) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while self._keeper.poll() is None and time.monotonic() < deadline:
+        while self._keeper.process.poll() is None and time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return
@@ -98,9 +86,7 @@ class PgBouncer:
 
     def close(self) -> None:
         """End it, and wait until it and its folder are gone."""
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
-        self._keeper.wait(timeout=30)
+        self._keeper.stop()
 
     def __enter__(self) -> Self:
         return self
