@@ -58,8 +58,10 @@ each_task = pytest.mark.parametrize("task, answers, module", TASKS.values(), ids
 
 @pytest.fixture(autouse=True)
 def one_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks use the database of all tests."""
+    """The checks use the database of all tests, and so do the answers, in their processes."""
     monkeypatch.setitem(database._databases, 1, server.database)
+    monkeypatch.setenv(database.INHERITANCE, "{}")  # is put back at the end
+    database._bequeath()
 
 
 # The matrix

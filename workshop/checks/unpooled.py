@@ -24,6 +24,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.default import DefaultDialect
 
+import workshop
 from ormscope.lab import Recording
 from ormscope.places import place
 from workshop.checks.catalogue import Finding
@@ -41,7 +42,10 @@ _LIST = """
     FROM pg_stat_activity
     WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
 """
-_SQLALCHEMY = os.path.join(os.path.dirname(sqlalchemy.__file__), "")
+# An engine connects, or `database_url()` looks whether the server is there.
+_NOT_THEIRS = tuple(
+    os.path.join(os.path.dirname(package.__file__ or ""), "") for package in (sqlalchemy, workshop)
+)
 
 
 @dataclass
@@ -142,7 +146,7 @@ def _port(address: Any) -> int | None:
 
 def _opens(frame: FrameType | None) -> FrameType | None:
     """The innermost frame of the learner's that connects by no engine; of a pool of another kind there may be none."""
-    while frame is not None and not frame.f_code.co_filename.startswith(_SQLALCHEMY):
+    while frame is not None and not frame.f_code.co_filename.startswith(_NOT_THEIRS):
         # At the bottom of each stack is the module that runs the check.
         if is_learners(frame.f_code.co_filename) and frame.f_code.co_name != "<module>":
             return frame

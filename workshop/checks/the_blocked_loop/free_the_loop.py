@@ -269,8 +269,9 @@ free_the_loop = Task(
     rules=(
         starts_processes,
         sync_engine_in_async_code,
-        # Before the loop's pulse: to make an engine takes a moment, on a busy machine a long one.
+        # Before the loop's pulse: to make an engine or to connect takes a moment, on a busy machine a long one.
         engine_per_call,
+        connects_past_the_pools("past-the-pools"),
         asks_another_loop,
         blocks_the_loop,
         turns_round_and_round,
@@ -279,7 +280,6 @@ free_the_loop = Task(
         disposes_of_an_engine,
         changes_the_pool,
         one_session_many_tasks,
-        connects_past_the_pools("past-the-pools"),
         one_at_a_time_in_the_background,
         limit_ends_the_thread,
         leaves_it_checked_out,
