@@ -304,6 +304,15 @@ async def finish(Session, number, household, provider):
     await set_status(Session, number, "paid")
 
 
+kept_tasks = set()
+
+
+async def in_the_background(Session, number, provider):
+    household = await take(Session, number)
+    if household is not None:
+        kept_tasks.add(asyncio.create_task(finish(Session, number, household, provider)))
+
+
 async def ask_twice(Session, number, provider):
     household = await take(Session, number)
     if household is None:
@@ -1383,6 +1392,7 @@ ANSWERS = {
             behind_a_shield,
         ],
         wrong=[
+            (in_the_background, "fire-and-forget"),
             (flush_the_claim, "holds-while-it-waits"),
             (close_it_first, "claims-nothing"),
             (change_what_is_detached, "changes-a-detached-object"),
