@@ -106,6 +106,18 @@ def greenlet_of(variables: dict[str, Any]) -> Any:
     return variables.get("context")
 
 
+# FastAPI.
+
+
+def is_fastapis_own(key: object) -> bool:
+    """Whether a key of an ASGI scope is FastAPI's: there it keeps what closes the dependencies of a request.
+
+    The server that keeps the scope does not look there: the task that answers the request leaves these stacks. Where
+    the keys have other names, it is said that who could give a connection back cannot be followed.
+    """
+    return isinstance(key, str) and key.startswith("fastapi_")
+
+
 # asyncio and anyio.
 
 

@@ -39,7 +39,7 @@ import greenlet
 from sqlalchemy.engine import Dialect, Engine, ExecutionContext
 from sqlalchemy.pool import Pool
 
-from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of
+from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of, is_fastapis_own
 from ormscope.loops import known_loops
 from ormscope.owners import Owner, TaskOrThread
 from ormscope.stacks import (
@@ -240,6 +240,8 @@ class _Search:
                     if Owner(owner).alive:
                         self._note(owner, listed, found)
                 return None
+            if owners and all(map(is_fastapis_own, owners)):
+                return None  # who answers the request has it as well, and closes it
         if kind is FrameType:
             running = self._on_stacks().get(id(parent))
             if running:
