@@ -63,9 +63,9 @@ class Limits(NamedTuple):
 class Day(Evidence):
     """What was seen of an engine in use: each group of requests, with how they ended.
 
-    `returned` is the type of what the function returned, and `in_line` are those who wanted a connection and kept it.
-    `names` are what the server calls the connections, `first_limits` what it allowed them when they were new, and
-    `later_limits` when they had been used before.
+    `returned` is the type of what the function returned, where that is no AsyncEngine, and `in_line` are those who
+    wanted a connection and kept it. `names` are what the server calls the connections, `first_limits` what it
+    allowed them when they were new, and `later_limits` when they had been used before.
     """
 
     returned: str = ""
@@ -89,8 +89,10 @@ async def use_for_a_day(
 
     async with of_the_check(conditions, 1) as others, evidence(conditions) as noted:
         await storm(start, 1)
-        day = Day(returned=type(made[0]).__name__ if made else "")
-        if made and isinstance(engine := made[0], AsyncEngine):
+        day = Day()
+        if made and not isinstance(engine := made[0], AsyncEngine):
+            day.returned = type(engine).__name__
+        elif made:
             try:
                 async with others.acquire() as colleague:
                     pids = await _hold_all(engine, day, crowd)
@@ -208,8 +210,8 @@ async def _waited(work: Coroutine[Any, Any, Any]) -> Wait:
 
 def demands(run: Recording, seen: Day) -> Iterator[Finding]:
     """Each sentence of the task's text; what explains most comes first."""
-    if seen.returned != AsyncEngine.__name__:
-        told = f"make_engine(url) returned a {seen.returned}; the task wants an AsyncEngine."
+    if seen.returned:
+        told = f"make_engine(url) returned no AsyncEngine but {seen.returned}."
         yield Finding("not-what-was-asked", told)
         return
     yield from _of_the_pool(seen)
