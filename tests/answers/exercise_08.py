@@ -163,6 +163,10 @@ def too_impatient(url):
     return engine_with(url, pool_timeout=0.05)
 
 
+def too_patient(url):
+    return engine_with(url, pool_timeout=1)
+
+
 def too_small(url):
     return engine_with(url, pool_size=2)
 
@@ -478,6 +482,7 @@ ANSWERS = {
             (nameless, "everybody-is-nobody"),
             (another_name, "not-what-was-asked"),
             (too_impatient, "not-what-was-asked"),
+            (too_patient, "not-what-was-asked"),
             (too_small, "not-what-was-asked"),
             (too_strict, "not-what-was-asked"),
             (sessions, "not-what-was-asked"),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 import httpx
@@ -22,7 +22,7 @@ from ormscope import PoolScope, Verdict
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import THE_CHECK, Evidence, evidence
-from workshop.checks.lent import Conditions, own_households
+from workshop.checks.lent import Conditions, connections, own_households
 from workshop.checks.rules import (
     engine_per_call,
     expired_objects,
@@ -32,6 +32,9 @@ from workshop.checks.rules import (
 from workshop.checks.task import Task
 from workshop.checks.unpooled import of_the_check, of_this_process
 from workshop.service import serving
+
+if TYPE_CHECKING:
+    from ormscope.lab.picture import Picture
 
 _SIZE = 5
 _SKU = 1082185
@@ -399,14 +402,19 @@ def demands(run: Recording, seen: Service) -> Iterator[Finding]:
 
 def prove(run: Recording, seen: Service) -> str:
     """What a run of a right answer has shown."""
-    (pool,) = own_pools(run, seen)[:1]
     return (
-        f"{seen.orders} customers served with at most {pool.most_checked_out} connections, each order in the database"
+        f"{seen.orders} customers served with {connections(run)}, each order in the database"
         " when its customer read the answer.\n"
         f"{seen.payers} customers wanted to pay orders that were locked: {seen.payers} were told, and"
         f" {seen.bystanders} of {seen.bystanders} others were served. At the end the server had {seen.left}"
         " connections of your service."
     )
+
+
+def plot_requests(before: Recording, after: Recording) -> Picture:
+    """Both runs without their pools: as it is given, the service has one for each session."""
+    before.pools, after.pools = [], []
+    return before.plot(after)
 
 
 serve_a_crowd: Task[Service] = Task(
@@ -426,6 +434,8 @@ serve_a_crowd: Task[Service] = Task(
     demands=(demands,),
     proof=prove,
     load_seconds=_LOAD_SECONDS,
+    curves=("requests",),
+    plot=plot_requests,
     hints=(
         "For each line ask: how often does it run, with 60 customers? Who waits in it, and with what in their hands?"
         " When does it run: before the answer is sent, or after?",
