@@ -155,7 +155,7 @@ def deadlock(run: Recording, seen: Evidence) -> Iterator[Finding]:
         return
     stuck = [holder for holder in verdict.holding if holder.waits is not None]
     if stuck:
-        evidence = _who_holds_and_waits(verdict, stuck)
+        evidence = who_holds_and_waits(verdict, stuck)
         if seen.queuers:
             yield Finding("door-for-one-size", f"{evidence} Others waited at {seen.queues_at}.")
         # A waiter without a line of the learner's is a task of SQLAlchemy's own: it closes a session in one.
@@ -178,7 +178,8 @@ def _refuses(run: Recording, seen: Evidence) -> bool:
     return bool(run.timeouts) or not seen.ended
 
 
-def _who_holds_and_waits(verdict: Verdict, stuck: Sequence[Holding]) -> str:
+def who_holds_and_waits(verdict: Verdict, stuck: Sequence[Holding]) -> str:
+    """In words: the first of the holders that are `stuck`, and how many they are."""
     holder, waiter = stuck[0], stuck[0].waits
     assert waiter is not None
     return (

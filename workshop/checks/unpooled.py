@@ -107,6 +107,13 @@ async def of_the_check(conditions: Conditions, size: int) -> AsyncIterator[async
         pool.terminate()  # close() would wait for what was cancelled while it had one
 
 
+async def of_this_process(connection: asyncpg.Connection) -> int:
+    """How many connections of this process the server's own list has, without the check's own."""
+    ports = {each.laddr.port for each in psutil.Process().net_connections("tcp")}
+    rows = await connection.fetch(_LIST)
+    return sum(row["client_port"] in ports and row["name"] != _NAME for row in rows)
+
+
 def blocking_one(conditions: Conditions) -> psycopg.Connection:
     """A connection of the check's own for code that cannot await; each statement stands for itself."""
     return psycopg.connect(_dsn(conditions), autocommit=True, application_name=_NAME)
