@@ -25,7 +25,7 @@ PREPARE = "from workshop import copies; copies.prepare()"
 def checkout(tmp_path: Path) -> Path:
     """A copy of the notebooks, and of what makes copies of them."""
     folder = tmp_path / "checkout"
-    for name in ("workshop", "notebooks", "exercises", "solutions", "data"):
+    for name in ("workshop", "ormscope", "notebooks", "exercises", "solutions", "data"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / ".gitignore", folder)
     return folder
@@ -85,7 +85,7 @@ def opening(path: Path) -> str:
 
 def test_a_copy_is_what_is_stored_without_its_outputs(checkout: Path) -> None:
     assert prepare(checkout) == ""
-    assert len(copies.copies()) == 16
+    assert len(copies.copies()) == 17
     for stored, copy in copies.copies().items():
         there = checkout / copy.relative_to(ROOT)
         mine, theirs = (nbformat.read(path, as_version=4) for path in (there, stored))

@@ -209,7 +209,7 @@ ask_in_parallel = Task(
     "report",
     load=show_reports,
     trials=(
-        {"calls": 20, "capacity": 6, "products": 8},
+        {"calls": 14, "capacity": 6, "products": 8},
         {"calls": 10, "capacity": 1, "products": 6},
     ),
     rules=unless_raised(
