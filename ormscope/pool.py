@@ -593,9 +593,8 @@ def _waiting(waiter: Waiter, now: float, pool: str) -> Waiting:
 
 def _in_line(queue: list[Waiter], now: float, pool: str) -> tuple[Waiting, ...]:
     """An entry for each, the same for all at the same lines: they may be thousands, and the verdict be kept."""
-    entries: dict[
-        int, Waiting
-    ] = {}  # by the id of the places, which are one tuple for the same places
+    # By the id of the places: they are one tuple for the same places, and to hash it takes long.
+    entries: dict[int, Waiting] = {}
     for waiter in queue:  # oldest first
         if id(waiter.frames) not in entries:
             entries[id(waiter.frames)] = _waiting(waiter, now, pool)

@@ -179,9 +179,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await (
-            engine.dispose()
-        )  # says goodbye, so that the server does not log each connection as lost
+        # Says goodbye, so that the server does not log each connection as lost.
+        await engine.dispose()
 
 
 def get_session_factory(request: Request) -> async_sessionmaker[AsyncSession]:

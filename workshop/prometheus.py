@@ -170,11 +170,6 @@ class Prometheus:
         answer: list[dict[str, Any]] = self._get("alerts")["alerts"]
         return answer
 
-    def fired(self) -> set[tuple[str, str]]:
-        """The alerts that have fired since the start, each with the pool that it fired for."""
-        found = self.query('max_over_time(ALERTS{alertstate="firing"}[1h])')
-        return {(alert["metric"]["alertname"], alert["metric"]["pool"]) for alert in found}
-
     def firing(self) -> list[tuple[str, str, list[float]]]:
         """The alerts that have fired: name, pool, and the moments at which it did, in `time.monotonic()` seconds."""
         since_boot = time.monotonic() - time.time()
@@ -244,9 +239,7 @@ class Monitor:
 
     def alerts(self, pool: str) -> list[str]:
         """The names of the alerts that fired for the pool with this name, in alphabetical order."""
-        if self._prometheus is None:
-            return alerts_of(self.of(pool))
-        return sorted(alert for alert, about in self._prometheus.fired() if about == pool)
+        return sorted(self.firing(pool))
 
     def firing(self, pool: str) -> Firing:
         """When the alerts fired for the pool with this name, by their names."""
@@ -282,11 +275,6 @@ class Monitor:
                 raise  # it is there, and its collector fails
             except _ABSENT:
                 continue
-
-
-def alerts_of(scrapes: Sequence[Scrape]) -> list[str]:
-    """The alerts that `firing_of` finds, in alphabetical order."""
-    return sorted(firing_of(scrapes))
 
 
 def firing_of(scrapes: Sequence[Scrape]) -> Firing:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
-import httpx
 from fastapi import FastAPI
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from ormscope import PoolScope, Verdict
+from ormscope import PoolScope
 from ormscope.lab import Recording, storm
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import THE_CHECK, Evidence, evidence
+from workshop.checks.evidence import THE_CHECK, evidence
 from workshop.checks.lent import Conditions, connections, own_households
+from workshop.checks.production_settings.crowd import (
+    PATIENCE,
+    PATIENCE_AT_LOCKS,
+    SIZE,
+    SKU,
+    Customers,
+    Service,
+    Watched,
+)
 from workshop.checks.rules import (
     engine_per_call,
     expired_objects,
@@ -36,160 +41,15 @@ from workshop.service import serving
 if TYPE_CHECKING:
     from ormscope.lab.picture import Picture
 
-_SIZE = 5
-_SKU = 1082185
 _AFTER_THEM = 0.1  # seconds, until those who have come first have what they wait with
-_ANSWERS = (DBAPIError, PoolTimeoutError, TimeoutError)  # for whoever wants what is locked
-_PATIENCE = 3.5  # seconds, until a customer counts as one without an answer
-_PATIENCE_AT_LOCKS = 2.0  # the same where a lock is in the way
 _SUSPICIOUS = 1.0  # seconds in line, after which it is asked who holds and who waits
 _LOAD_SECONDS = 8.0  # of which a right answer needs two
-_OK, _ERROR = 200, 500
-_CALL = "x-call"
 _GOODBYE = 0.5  # seconds, in which a connection that was closed is gone from the server's list
 _ORDERS = """
     SELECT household_id, status, array_agg((sku, quantity, unit_price)::text) AS lines
     FROM orders JOIN order_lines ON order_id = orders.id
     WHERE household_id = ANY ($1::int[]) GROUP BY orders.id
 """
-
-
-@dataclass(kw_only=True)
-class Service(Evidence):
-    """What was seen of a service.
-
-    `returned` is the type of what the function returned, where that is no FastAPI. Of `orders` customers who
-    ordered, and `payments` who paid after that, so many were `unanswered` and so many `refused`, with a status that
-    is no 200. Of the others, so many read their answer `too_early`: at that moment nothing was to be seen in the
-    database; and `wrong` orders are not there at the end as they should be, `missing` of them not at all; `unpaid`
-    are payments of which that holds.
-
-    Of `payers` whose orders a colleague had locked, so many were `stuck`, and of `bystanders` so many `blocked`.
-    `left` are the connections that the server still had when the service had ended; `in_line` is the last verdict on
-    its pool at which somebody had waited for a second.
-    """
-
-    returned: str = ""
-    orders: int = 0
-    payments: int = 0
-    unanswered: int = 0
-    refused: Counter[int] = field(default_factory=Counter)
-    too_early: int = 0
-    wrong: int = 0
-    missing: int = 0
-    unpaid: int = 0
-    payers: int = _SIZE
-    stuck: int = 0
-    bystanders: int = 0
-    blocked: int = 0
-    left: int = 0
-    in_line: Verdict | None = None
-
-
-class _Watched:
-    """An application, and what others see in the database when it answers."""
-
-    def __init__(self, app: Any, others: asyncpg.Pool, seen: Service) -> None:
-        self._app = app
-        self._others = others
-        self._seen = seen
-        self.errors: dict[int, Exception] = {}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        call = int(dict(scope["headers"])[_CALL.encode()])
-        status, body = 0, b""
-
-        async def watched_send(message: Any) -> None:
-            nonlocal status, body
-            status = message.get("status", status)
-            body += message.get("body", b"")
-            is_last = message["type"] == "http.response.body" and not message.get("more_body")
-            if status == _OK and is_last and not await self._is_done(scope["path"], body):
-                self._seen.too_early += 1
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        except Exception as error:
-            self.errors[call] = error
-            raise
-
-    async def _is_done(self, path: str, body: bytes) -> bool:
-        if path.endswith("/pay"):
-            number = int(path.split("/")[2])
-            found = "SELECT status = 'paid' FROM orders WHERE id = $1"
-            return bool(await self._others.fetchval(found, number))
-        try:
-            number = int(json.loads(body))
-        except (TypeError, ValueError):
-            return True  # no number: that is another fault, and the client sees it
-        return bool(await self._others.fetchval("SELECT id FROM orders WHERE id = $1", number))
-
-
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-
-
-class _Customers:
-    """The customers of a service, each with one request on a connection of its own."""
-
-    def __init__(self, base_url: httpx.URL, watched: _Watched, seen: Service) -> None:
-        self._address = base_url.host, base_url.port
-        self._watched = watched
-        self._seen = seen
-        self._calls = 0
-
-    async def post(self, path: str, patience: float = _PATIENCE) -> _Answer | None:
-        """The answer, or None where there is none in time; raises what the service has raised."""
-        self._calls += 1
-        call = self._calls
-        try:
-            async with asyncio.timeout(patience):
-                answer = await self._ask(path, call)
-        except TimeoutError:
-            return None
-        if answer.status == _ERROR and call in self._watched.errors:
-            raise self._watched.errors[call]
-        return answer
-
-    async def _ask(self, path: str, call: int) -> _Answer:
-        reader, writer = await asyncio.open_connection(*self._address)
-        try:
-            head = (
-                f"POST {path} HTTP/1.1\r\nHost: shop\r\nConnection: close\r\nContent-Length: 0\r\n"
-            )
-            writer.write(f"{head}{_CALL}: {call}\r\n\r\n".encode())
-            answered, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-        return _Answer(int(answered.split()[1]), body)
-
-    async def order(self, household: int, patience: float = _PATIENCE) -> Any:
-        """Order one thing; the number, or None where the customer was not served."""
-        return self._noted(await self.post(f"/orders?household={household}&sku={_SKU}", patience))
-
-    async def pay(self, number: Any) -> None:
-        """Pay an order that nobody has locked."""
-        self._noted(await self.post(f"/orders/{number}/pay"))
-
-    async def pay_locked(self, number: int) -> bool:
-        """Pay an order that somebody else has locked; whether there was no answer in time. An error is one."""
-        with suppress(*_ANSWERS):
-            return await self.post(f"/orders/{number}/pay", _PATIENCE_AT_LOCKS) is None
-        return False
-
-    def _noted(self, answer: _Answer | None) -> Any:
-        if answer is None:
-            self._seen.unanswered += 1
-        elif answer.status != _OK:
-            self._seen.refused[answer.status] += 1
-        else:
-            return json.loads(answer.body)
-        return None
 
 
 async def serve(
@@ -211,10 +71,10 @@ async def serve(
         if made and not isinstance(made[0], FastAPI):
             seen.returned = type(made[0]).__name__
         elif made:
-            watched = _Watched(made[0], others, seen)
+            watched = Watched(made[0], others, seen)
             try:
                 async with serving(watched) as browser:  # type: ignore[arg-type]  # it is an app
-                    await _visit(_Customers(browser.base_url, watched, seen), others, seen)
+                    await _visit(Customers(browser, watched, seen), others, seen)
                 seen.left = await _left(others)
                 await _count(others, seen)
             finally:
@@ -223,7 +83,7 @@ async def serve(
     return seen
 
 
-async def _visit(customers: _Customers, others: asyncpg.Pool, seen: Service) -> None:
+async def _visit(customers: Customers, others: asyncpg.Pool, seen: Service) -> None:
     households = own_households()
     numbers: list[Any] = []
 
@@ -277,7 +137,7 @@ async def _watch(scopes: Sequence[PoolScope], seen: Service) -> None:
                 seen.in_line = scope.verdict_now()
 
 
-async def _meet_a_colleague(customers: _Customers, others: asyncpg.Pool, seen: Service) -> None:
+async def _meet_a_colleague(customers: Customers, others: asyncpg.Pool, seen: Service) -> None:
     """Some pay orders that a colleague has locked, as many as there are connections, and bystanders order meanwhile."""
     first = seen.orders + 1
     make = "INSERT INTO orders (household_id, status) VALUES ($1, 'new') RETURNING id"
@@ -288,7 +148,7 @@ async def _meet_a_colleague(customers: _Customers, others: asyncpg.Pool, seen: S
         if number >= seen.payers:
             await asyncio.sleep(_AFTER_THEM)
             household = own_households()[first + number]
-            is_served = await customers.order(household, _PATIENCE_AT_LOCKS) is not None
+            is_served = await customers.order(household, PATIENCE_AT_LOCKS) is not None
             seen.blocked += not is_served
         else:
             is_stuck = await customers.pay_locked(locked[number])
@@ -301,10 +161,10 @@ async def _meet_a_colleague(customers: _Customers, others: asyncpg.Pool, seen: S
 
 async def _count(others: asyncpg.Pool, seen: Service) -> None:
     """What is in the database, when the service has ended."""
-    price = await others.fetchval("SELECT unit_price FROM products WHERE sku = $1", _SKU)
+    price = await others.fetchval("SELECT unit_price FROM products WHERE sku = $1", SKU)
     found = await others.fetch(_ORDERS, [*own_households()[: seen.orders]])
     times = Counter(row["household_id"] for row in found)
-    good = [row for row in found if row["lines"] == [f"({_SKU},1,{price})"]]
+    good = [row for row in found if row["lines"] == [f"({SKU},1,{price})"]]
     seen.missing = seen.orders - len(times)
     seen.wrong = seen.orders - sum(times[row["household_id"]] == 1 for row in good)
     seen.unpaid = seen.payments - sum(row["status"] == "paid" for row in found)
@@ -334,9 +194,9 @@ def too_many(run: Recording, seen: Service) -> Iterator[Finding]:
     """Engines that may open more connections than the task allows."""
     pools = own_pools(run, seen)
     most = sum(pool.capacity or 0 for pool in pools)
-    if most > _SIZE:
+    if most > SIZE:
         each = " + ".join(str(pool.capacity) for pool in pools)
-        told = f"The pools of your service may open {each} connections; the task allows {_SIZE}."
+        told = f"The pools of your service may open {each} connections; the task allows {SIZE}."
         yield Finding("size-is-not-the-limit", told)
 
 
@@ -344,7 +204,7 @@ def holds_and_waits(run: Recording, seen: Service) -> Iterator[Finding]:
     """Customers who hold a connection and stand in line for another, so that nobody is served."""
     stuck = [each for each in seen.in_line.holding if each.waits] if seen.in_line else []
     if seen.in_line and stuck and seen.unanswered:
-        told = f"{seen.unanswered} of {seen.orders} customers at once had no answer after {_PATIENCE:g} s"
+        told = f"{seen.unanswered} of {seen.orders} customers at once had no answer after {PATIENCE:g} s"
         yield Finding("holds-and-waits", f"{told}: {who_holds_and_waits(seen.in_line, stuck)}")
 
 
@@ -354,7 +214,7 @@ def waits_with_the_pool(run: Recording, seen: Service) -> Iterator[Finding]:
         yield Finding(
             "a-lock-is-no-line",
             f"A colleague had locked {seen.payers} orders, and as many customers wanted to pay them. After"
-            f" {_PATIENCE_AT_LOCKS:g} s {seen.stuck} of them still waited. Of {seen.bystanders} who came after them and"
+            f" {PATIENCE_AT_LOCKS:g} s {seen.stuck} of them still waited. Of {seen.bystanders} who came after them and"
             f" wanted something else, {seen.blocked} were not served.",
         )
 
@@ -382,7 +242,7 @@ def demands(run: Recording, seen: Service) -> Iterator[Finding]:
         yield Finding("not-what-was-asked", told)
         return
     if seen.unanswered:
-        told = f"{seen.unanswered} customers had no answer after {_PATIENCE:g} s."
+        told = f"{seen.unanswered} customers had no answer after {PATIENCE:g} s."
         yield Finding("never-ends", told)
     for status, count in seen.refused.items():
         told = f"{count} customers got the status {status}; the task wants all of them served."
@@ -413,8 +273,7 @@ def prove(run: Recording, seen: Service) -> str:
 
 def plot_requests(before: Recording, after: Recording) -> Picture:
     """Both runs without their pools: as it is given, the service has one for each session."""
-    before.pools, after.pools = [], []
-    return before.plot(after)
+    return replace(before, pools=[]).plot(replace(after, pools=[]))
 
 
 serve_a_crowd: Task[Service] = Task(
