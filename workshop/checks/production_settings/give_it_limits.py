@@ -225,6 +225,7 @@ def demands(run: Recording, seen: Day) -> Iterator[Finding]:
         told = f"make_engine(url) returned no AsyncEngine but {seen.returned}."
         yield Finding("not-what-was-asked", told)
         return
+    yield from _of_quick_statements(seen)
     yield from _of_the_pool(seen)
     yield from _of_the_server(seen)
     if lost := sum(wait.end == "lost" for wait in seen.customers):
@@ -244,6 +245,18 @@ def demands(run: Recording, seen: Day) -> Iterator[Finding]:
             "not-what-was-asked",
             f'In pg_stat_activity your connections are called {_quoted(seen.names)}; the task wants "{_NAME}".',
         )
+
+
+def _of_quick_statements(seen: Day) -> Iterator[Finding]:
+    """What the server ends though it is quick: also what the driver asks when it opens a connection."""
+    quick = [*seen.customers, *(wait for wait in seen.in_line if wait.end == _CANCELED)]
+    ended = sum(wait.end == _CANCELED for wait in quick)
+    tiny = {limit for limits in seen.first_limits for limit in limits if _TINY.fullmatch(limit)}
+    if ended or tiny:
+        told = f"The server ended {ended} of {len(quick)} quick statements."
+        if tiny:
+            told = f"{told} It says of your connections: a limit of {' and '.join(sorted(tiny))}."
+        yield Finding("a-number-is-in-seconds", told)
 
 
 def _of_the_pool(seen: Day) -> Iterator[Finding]:
@@ -273,16 +286,6 @@ def _of_the_pool(seen: Day) -> Iterator[Finding]:
 
 def _of_the_server(seen: Day) -> Iterator[Finding]:
     """What becomes of slow statements, and of those that wait for a lock."""
-    ended = sum(wait.end == _CANCELED for wait in seen.customers)
-    tiny = {limit for limits in seen.first_limits for limit in limits if _TINY.fullmatch(limit)}
-    if ended or tiny:
-        told = (
-            f" It says of your connections: a limit of {' and '.join(sorted(tiny))}."
-            if tiny
-            else ""
-        )
-        quick = f"{ended} of {len(seen.customers)} quick statements"
-        yield Finding("a-number-is-in-seconds", f"The server ended {quick}.{told}")
     slow = f"{len(seen.statements)} customers sent a statement that takes 30 s."
     locked = f"{len(seen.locks)} customers wanted to lock a row that a colleague had locked."
     for told, waits in ((slow, seen.statements), (locked, seen.locks)):
