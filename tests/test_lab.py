@@ -41,6 +41,10 @@ ROOT = Path(__file__).parents[1]
 RUN_LAB = "import os, runpy, shutil, sys; {}; runpy.run_path('lab.py', run_name='__main__')"
 
 
+# Where no bytecode may be written, a set-up compiles all packages: half a minute that few tests need.
+_OF_THIS_RUN = ("DATABASE_URL", "PYTHONDONTWRITEBYTECODE")
+
+
 class Lab:
     """A copy of the checkout, in a folder with a space and an umlaut."""
 
@@ -51,7 +55,7 @@ class Lab:
         self.venv = self.folder / ".venv"
         self.lock = self.folder / "requirements.lock"
         self.environ = {
-            **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
+            **{name: value for name, value in os.environ.items() if name not in _OF_THIS_RUN},
             "LAB_UNDER_TEST": str(parent),  # by which each of its processes is found
             "JUPYTER_CONFIG_DIR": str(parent / "jupyter"),
         }
@@ -475,6 +479,15 @@ def test_without_uv(lab: Lab) -> None:
     status, output, errors = lab.run("test", "--version", PATH="")
     assert (status, errors) == (0, "")
     assert "pytest 9" in output
+
+
+def test_what_may_not_be_compiled_later_is_compiled_at_the_set_up(lab: Lab) -> None:
+    status, _, errors = lab.run("test", "--version", PYTHONDONTWRITEBYTECODE="1")
+    assert (status, errors) == (0, "")
+    (sqlalchemy,) = lab.venv.rglob("site-packages/sqlalchemy")
+    for package in (sqlalchemy, lab.folder / "workshop", lab.folder / "ormscope" / "lab"):
+        compiled = {path.name.partition(".")[0] for path in (package / "__pycache__").iterdir()}
+        assert {path.stem for path in package.glob("*.py")} <= compiled
 
 
 def test_test_passes_options_and_exit_status_on(installed: Lab) -> None:
