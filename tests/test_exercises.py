@@ -163,13 +163,17 @@ def test_code_that_blocks_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("usual", "expected"), [(1e-6, 4), (1e6, 1)], ids=["a slow machine", "a fast one"]
+    ("usual", "load", "expected"),
+    [(1e-6, 0, 4), (1e6, 99, 4), (1e6, 2.9, 2), (1e6, 0.1, 1)],
+    ids=["a slow machine", "one that stands", "one that is busy", "a fast one"],
 )
 def test_a_slow_machine_gets_more_time(
-    usual: float, expected: int, monkeypatch: pytest.MonkeyPatch
+    usual: float, load: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what is right on one machine would be refused on another; but no check goes on for minutes."""
     monkeypatch.setattr(lent, "_SAMPLE_SECONDS", usual)
+    cores = psutil.cpu_count() or 1
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load * cores, 0, 0))
     lent_to = TASK._conditions()
     assert (lent_to.slowness, lent_to.load_seconds) == (expected, TASK.load_seconds * expected)
     pool = lent_to.engine(1).pool

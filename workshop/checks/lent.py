@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 
+import psutil
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -14,21 +15,25 @@ from workshop.shop import AuditEntry, Order, OrderLine
 
 POOL_TIMEOUT = 3.0  # seconds; longer than a right answer has to wait
 _SAMPLE = range(
-    400_000
+    200_000
 )  # to count so far takes so many seconds where the limits of the checks were set:
-_SAMPLE_SECONDS = 0.024
+_SAMPLE_SECONDS = 0.012
 _SLOWEST = 4
 
 
 def slowness() -> int:
-    """How many times as long this machine takes for everything now, slow or busy as it is; 1 to 4.
+    """How many times as long everything takes on this machine now, slow or busy as it is; 1 to 4.
 
     A limit in seconds that tells right from wrong on one machine would refuse what is right on another.
     """
     began = time.perf_counter()
     for _ in _SAMPLE:
         pass
-    return min(max(round((time.perf_counter() - began) / _SAMPLE_SECONDS), 1), _SLOWEST)
+    slow = round((time.perf_counter() - began) / _SAMPLE_SECONDS)
+    busy = int(
+        psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
+    )  # of what would run, on each core
+    return min(max(slow, busy, 1), _SLOWEST)
 
 
 @dataclass(frozen=True)
