@@ -39,6 +39,7 @@ import greenlet
 from sqlalchemy.engine import Dialect, Engine, ExecutionContext
 from sqlalchemy.pool import Pool
 
+from ormscope.frozen import frozen_holders
 from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of, is_fastapis_own
 from ormscope.loops import known_loops
 from ormscope.owners import Owner, TaskOrThread
@@ -298,7 +299,10 @@ class _Search:
         ours = {id(thing) for thing in (nodes, unexplained, alive, self._nodes, self._above)}
         for start in range(0, len(unexplained), _ASKED_AT_ONCE):
             self._asked += 1
-            _count_referrers(unexplained[start : start + _ASKED_AT_ONCE], referrers, counts, ours)
+            part = unexplained[start : start + _ASKED_AT_ONCE]
+            found = [*gc.get_referrers(*part), *frozen_holders(part)]
+            _count_referrers(found, part, referrers, counts, ours)
+            del found
         kept = Counter(key for found in referrers.values() for key in found)
         unseen = set()
         for node in unexplained:
@@ -349,7 +353,8 @@ class _Search:
     def _note_variables(self, frame: FrameType, subject: TaskOrThread) -> None:
         assert self._stacks is not None
         self._stacks.setdefault(id(frame), set()).add(subject)
-        if not _is_our_frame(frame):
+        # The variables of a module are global: nobody's more than anybody else's.
+        if not _is_our_frame(frame) and frame.f_code.co_name != "<module>":
             for value in locals_of(frame).values():
                 self._stacks.setdefault(id(value), set()).add(subject)
 
@@ -368,10 +373,13 @@ def _begin(
 
 
 def _count_referrers(
-    part: list[Any], referrers: dict[int, dict[int, Any]], counts: dict[int, int], ours: set[int]
+    found: list[Any],
+    part: list[Any],
+    referrers: dict[int, dict[int, Any]],
+    counts: dict[int, int],
+    ours: set[int],
 ) -> None:
-    """Note who refers to each object of `part`, and by how many references, without whatever is ours."""
-    found = gc.get_referrers(*part)
+    """Note who of those `found` refers to each object of `part`, by how many references, without whatever is ours."""
     for referrer in found:
         if id(referrer) in ours or referrer is part or _is_ours(referrer):
             continue
