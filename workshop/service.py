@@ -22,7 +22,12 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     Answers still open at the end are cut off after a second.
     """
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="critical",
+        timeout_keep_alive=60,  # seconds: so that it is the client who closes first, as httpx does after 5
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())

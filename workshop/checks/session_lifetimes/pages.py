@@ -74,7 +74,7 @@ async def open_tabs(
 ) -> Pages:
     """Let so many customers follow their orders at once."""
     engine, customers, found = conditions.engine(capacity), own_households(), Counter[str]()
-    stranger = Tab(2**31 - 1 - os.getpid())
+    stranger, phase = Tab(2**31 - 1 - os.getpid()), _PHASE_SECONDS * conditions.slowness
     holds, news, apps = Holds(engine), News(), list[Any]()
 
     def note_reopened(session: Session, *_: Any) -> None:
@@ -113,7 +113,7 @@ async def open_tabs(
             sessions = async_sessionmaker(engine, sync_session_class=ReopeningSession)
             if (await storm(make, 1))["ok"]:
                 day = asyncio.create_task(
-                    _let_orders_change(others, pages, early, news, holds, found)
+                    _let_orders_change(others, pages, early, news, holds, found, phase)
                 )
                 try:
                     await storm(partial(visit, pages), tabs)
@@ -123,7 +123,7 @@ async def open_tabs(
                 await asyncio.gather(
                     storm(partial(visit, [stranger]), 1),
                     *(tab.visit(apps[0]) for tab in late),
-                    _close_when_settled([*late, stranger], news),
+                    _close_when_settled([*late, stranger], news, phase),
                     return_exceptions=True,
                 )
                 await pause(_SECONDS_TO_LEAVE)
@@ -161,6 +161,7 @@ async def _let_orders_change(
     news: News,
     holds: Holds,
     found: Counter[str],
+    phase: float,
 ) -> None:
     """Change all orders, step by step, and look after each step what pages do that only wait.
 
@@ -172,7 +173,7 @@ async def _let_orders_change(
                 change = "UPDATE orders SET status = $1 WHERE id = ANY($2)"
                 await others.execute(change, status, [page.order for page in pages])
                 news.tell()
-            await _settled(pages, status, news)
+            await _settled(pages, status, news, phase)
             held = {*range(len(pages))}
             for _ in range(_LOOKS):
                 held = {call for call in held if pages[call].is_open and holds.count(call)}
@@ -191,16 +192,16 @@ async def _let_orders_change(
             page.close()
 
 
-async def _close_when_settled(pages: Sequence[Tab], news: News) -> None:
-    await _settled(pages, STATUSES[-1], news)
+async def _close_when_settled(pages: Sequence[Tab], news: News, phase: float) -> None:
+    await _settled(pages, STATUSES[-1], news, phase)
     for page in pages:
         page.close()
 
 
-async def _settled(pages: Sequence[Tab], status: str, news: News) -> None:
-    """Wait until each page that is open has nothing more to do, or has at least shown the status for a while."""
+async def _settled(pages: Sequence[Tab], status: str, news: News, phase: float) -> None:
+    """Wait, for `phase` seconds at most, until each open page has no more to do, or has shown the status for long."""
     loop = asyncio.get_running_loop()
-    deadline, shown_until = loop.time() + _PHASE_SECONDS, None
+    deadline, shown_until = loop.time() + phase, None
     while loop.time() < min(deadline, shown_until or deadline):
         still_open = [page for page in pages if page.is_open]
         if all(page.is_blocked or news.is_awaited(page.order) for page in still_open):
