@@ -302,7 +302,7 @@ class _Search:
             part = unexplained[start : start + _ASKED_AT_ONCE]
             found = [*gc.get_referrers(*part), *frozen_holders(part)]
             _count_referrers(found, part, referrers, counts, ours)
-            del found
+            del found, part  # these refer to what is counted below
         kept = Counter(key for found in referrers.values() for key in found)
         unseen = set()
         for node in unexplained:
