@@ -9,7 +9,19 @@ import gc
 import sys
 import threading
 import time
-from types import FrameType, ModuleType
+import weakref
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 from ormscope.stacks import frames_of_threads, locals_of
@@ -17,6 +29,11 @@ from ormscope.stacks import frames_of_threads, locals_of
 _NEVER_FROZEN = 1000  # Python 3.12 has a few hundred objects there that nobody has frozen
 _TOGETHER = 1_000  # objects that are looked at in one call, before others may run
 _CODE = (FrameType, ModuleType)
+# What was frozen refers to no connection that is younger, unless it can be changed.
+_UNCHANGING = (
+    tuple, frozenset, CodeType, FunctionType, BuiltinFunctionType, MethodType, property, classmethod, staticmethod,
+    GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType, weakref.ref,
+)  # fmt: skip
 
 _lock = threading.Lock()
 _known: list[Any] = []
@@ -28,7 +45,7 @@ def is_frozen() -> bool:
     return gc.get_freeze_count() >= _NEVER_FROZEN
 
 
-def frozen_holders(objects: list[Any]) -> list[Any]:
+def frozen_holders(*objects: Any) -> list[Any]:
     """The frozen objects that refer to any of these, as far as modules and running functions lead to them.
 
     What is frozen is looked for once, which takes as long as some looks of the collector at the whole heap; it stays
@@ -67,12 +84,13 @@ def _found() -> list[Any]:
     known = set(map(id, todo))
     frozen = [value for value in todo if id(value) not in seen_by_the_collector]
     while todo:
-        part, todo = todo[-_TOGETHER:], todo[:-_TOGETHER]
+        part = todo[-_TOGETHER:]
+        del todo[-_TOGETHER:]
         for held in gc.get_referents(*part):
             if id(held) not in known and gc.is_tracked(held) and not isinstance(held, _CODE):
                 known.add(id(held))
                 todo.append(held)
-                if id(held) not in seen_by_the_collector:
+                if id(held) not in seen_by_the_collector and not isinstance(held, _UNCHANGING):
                     frozen.append(held)
         time.sleep(0)  # lets others run
     return frozen
