@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +12,16 @@ from typing import NamedTuple
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+# uvicorn and httpx import these where they are first needed. That is on the loop, and would count as a stall of it.
+for _module in (
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+    "uvicorn.lifespan.on",
+    "httpcore",
+    "anyio._backends._asyncio",
+):
+    importlib.import_module(_module)
 
 _PATIENCE = 10.0  # seconds; long for any answer on this machine
 
@@ -39,7 +50,10 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE, limits=limits) as client:
+        # Without `verify=False` it reads the certificates of all authorities, and keeps the loop meanwhile.
+        async with httpx.AsyncClient(
+            base_url=url, timeout=_PATIENCE, limits=limits, verify=False
+        ) as client:
             yield client
     finally:
         server.should_exit = True

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, event
 
 from ormscope import PoolScope
 from ormscope.lab import Recording, storm
+from ormscope.lab.run import PoolCurve
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import THE_CHECK, evidence
 from workshop.checks.lent import Conditions, connections, own_households
@@ -237,8 +238,22 @@ def prove(run: Recording, seen: Service) -> str:
 
 
 def plot_requests(before: Recording, after: Recording) -> Picture:
-    """Both runs without their pools: as it is given, the service has one for each session."""
-    return replace(before, pools=[]).plot(replace(after, pools=[]))
+    """Both runs, with all pools of each as one: as it is given, the service has a pool for each session."""
+    return _with_one_pool(before).plot(_with_one_pool(after))
+
+
+def _with_one_pool(run: Recording) -> Recording:
+    """The run with the connections and those in line of all its pools added up."""
+    every = [(sample, number) for number, pool in enumerate(run.pools) for sample in pool.samples]
+    now, samples = {}, []
+    for sample, number in sorted(every, key=lambda one: one[0].time):
+        now[number] = sample
+        out = sum(one.checked_out for one in now.values())
+        waiting = sum(one.waiting for one in now.values())
+        samples.append(sample._replace(checked_out=out, waiting=waiting))
+    (capacity, *others) = [pool.capacity for pool in run.pools] or [None]
+    every_pool = PoolCurve("all pools", None if others else capacity, samples)
+    return replace(run, pools=[every_pool], curves=("connections", "requests"))
 
 
 serve_a_crowd: Task[Service] = Task(
