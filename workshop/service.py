@@ -23,7 +23,7 @@ for _module in (
 ):
     importlib.import_module(_module)
 
-_PATIENCE = 10.0  # seconds; long for any answer on this machine
+_PATIENCE = 30.0  # seconds; longer than any check or lesson waits for an answer
 
 
 @asynccontextmanager
