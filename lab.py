@@ -249,9 +249,8 @@ def install_packages(uv):
         watch([*pip, "-r", str(VENV / "uv.txt")], environ)
         installer = [str(PYTHON), "-m", "uv"]
     sync = ["pip", "sync", "--color=never", "--require-hashes", f"--python={PYTHON}", str(LOCK)]
-    if environ.get("PYTHONDONTWRITEBYTECODE"):  # else each start would compile SQLAlchemy anew
-        sync.append("--compile-bytecode")
-        watch([str(PYTHON), "-m", "compileall", "-q", "ormscope", "workshop", "tests"], environ)
+    if environ.get("PYTHONDONTWRITEBYTECODE"):
+        sync.append("--compile-bytecode")  # else each start would compile SQLAlchemy anew
     watch([*installer, *sync], environ)
 
 

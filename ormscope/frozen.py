@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import (
     BuiltinFunctionType,
     CodeType,
-    FrameType,
     FunctionType,
     GetSetDescriptorType,
     MemberDescriptorType,
@@ -24,20 +24,19 @@ from types import (
 )
 from typing import Any
 
-from ormscope.stacks import frames_of_threads, locals_of
+from ormscope.stacks import calling_frames, locals_of
 
 _NEVER_FROZEN = 1000  # Python 3.12 has a few hundred objects there that nobody has frozen
 _TOGETHER = 1_000  # objects that are looked at in one call, before others may run
-_CODE = (FrameType, ModuleType)
 # What was frozen refers to no connection that is younger, unless it can be changed.
 _UNCHANGING = (
-    tuple, frozenset, CodeType, FunctionType, BuiltinFunctionType, MethodType, property, classmethod, staticmethod,
-    GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType, weakref.ref,
+    ModuleType, tuple, frozenset, CodeType, FunctionType, BuiltinFunctionType, MethodType, property, classmethod,
+    staticmethod, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType, weakref.ref,
 )  # fmt: skip
 
 _lock = threading.Lock()
-_known: list[Any] = []
-_known_of = 0  # how many were frozen when these were looked for
+_known: list[Any] = []  # what was frozen and can be changed
+_known_of = 0  # how many were frozen when that was looked for
 
 
 def is_frozen() -> bool:
@@ -45,11 +44,40 @@ def is_frozen() -> bool:
     return gc.get_freeze_count() >= _NEVER_FROZEN
 
 
-def frozen_holders(*objects: Any) -> list[Any]:
-    """The frozen objects that refer to any of these, as far as modules and running functions lead to them.
+def frozen_objects(
+    heap: list[Any], weakly: Callable[[list[Any]], list[Any]] = lambda part: []
+) -> list[Any]:
+    """What is frozen, as far as it can be reached from the heap, as the collector knows it, modules and functions.
 
-    What is frozen is looked for once, which takes as long as some looks of the collector at the whole heap; it stays
-    where it is, and what it refers to may change. Empty where nothing is frozen.
+    `weakly` says to what some objects lead besides what they refer to. Takes two seconds or so for each million
+    objects; empty where nothing is frozen.
+    """
+    if not is_frozen():
+        return []
+    known = set(map(id, heap))
+    namespaces = [vars(module) for module in list(sys.modules.values()) if _is_module(module)]
+    variables = [locals_of(frame) for frame in calling_frames()]
+    frozen = [namespace for namespace in namespaces if id(namespace) not in known]
+    known.update(map(id, frozen))
+    # Python 3.12.1 dies of a look into _asyncio: modules are looked at by their namespaces.
+    todo = [value for value in heap if not _is_module(value)] + namespaces + variables
+    while todo:
+        part = todo[-_TOGETHER:]
+        del todo[-_TOGETHER:]
+        for held in gc.get_referents(*part) + weakly(part):
+            if id(held) not in known and gc.is_tracked(held):
+                known.add(id(held))
+                frozen.append(held)
+                if not _is_module(held):
+                    todo.append(held)
+        time.sleep(0)  # lets others run
+    return frozen
+
+
+def frozen_holders(*objects: Any) -> list[Any]:
+    """The frozen objects that refer to any of these.
+
+    What is frozen is looked for once: it stays where it is, though what it refers to may change.
     """
     wanted = set(map(id, objects))
     found = []
@@ -72,25 +100,11 @@ def _containers() -> list[Any]:
         if count < _NEVER_FROZEN:
             _known, _known_of = [], 0
         elif count > _known_of:
-            _known, _known_of = _found(), count
+            found = frozen_objects(gc.get_objects())
+            _known = [value for value in found if not isinstance(value, _UNCHANGING)]
+            _known_of = count
         return _known
 
 
-def _found() -> list[Any]:
-    seen_by_the_collector = set(map(id, gc.get_objects()))
-    todo: list[Any] = [vars(module) for module in list(sys.modules.values()) if module is not None]
-    for frames in frames_of_threads().values():
-        todo += [value for frame in frames for value in locals_of(frame).values()]
-    known = set(map(id, todo))
-    frozen = [value for value in todo if id(value) not in seen_by_the_collector]
-    while todo:
-        part = todo[-_TOGETHER:]
-        del todo[-_TOGETHER:]
-        for held in gc.get_referents(*part):
-            if id(held) not in known and gc.is_tracked(held) and not isinstance(held, _CODE):
-                known.add(id(held))
-                todo.append(held)
-                if id(held) not in seen_by_the_collector and not isinstance(held, _UNCHANGING):
-                    frozen.append(held)
-        time.sleep(0)  # lets others run
-    return frozen
+def _is_module(value: Any) -> bool:
+    return isinstance(value, ModuleType)

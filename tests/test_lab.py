@@ -477,18 +477,13 @@ def test_the_environment_of_a_running_lab_is_not_replaced(installed: Lab) -> Non
 
 
 def test_without_uv(lab: Lab) -> None:
-    status, output, errors = lab.run("test", "--version", PATH="")
+    """And what may not be compiled later is compiled at once."""
+    status, output, errors = lab.run("test", "--version", PATH="", PYTHONDONTWRITEBYTECODE="1")
     assert (status, errors) == (0, "")
     assert "pytest 9" in output
-
-
-def test_what_may_not_be_compiled_later_is_compiled_at_the_set_up(lab: Lab) -> None:
-    status, _, errors = lab.run("test", "--version", PYTHONDONTWRITEBYTECODE="1")
-    assert (status, errors) == (0, "")
     (sqlalchemy,) = lab.venv.rglob("site-packages/sqlalchemy")
-    for package in (sqlalchemy, lab.folder / "workshop", lab.folder / "ormscope" / "lab"):
-        compiled = {path.name.partition(".")[0] for path in (package / "__pycache__").iterdir()}
-        assert {path.stem for path in package.glob("*.py")} <= compiled
+    compiled = {path.name.partition(".")[0] for path in (sqlalchemy / "__pycache__").iterdir()}
+    assert {path.stem for path in sqlalchemy.glob("*.py")} <= compiled
 
 
 def test_test_passes_options_and_exit_status_on(installed: Lab) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from ormscope import PoolScope, reach
 from ormscope.reach import Users, users_of
+from workshop.database import Server
 
 
 def users_now(scope: PoolScope) -> Users:
@@ -200,12 +201,12 @@ def frozen() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("frozen")
 def test_what_is_kept_by_something_frozen_can_be_given_back(
-    put: Callable[[AsyncConnection], None], take: Callable[[], AsyncConnection], url: str
+    put: Callable[[AsyncConnection], None], take: Callable[[], AsyncConnection], server: Server
 ) -> None:
     """Whoever holds it waits for another one, but somebody else gives it back."""
 
     async def main() -> None:
-        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=60)
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_timeout=60)
         scope = PoolScope(engine)
 
         async def hold_and_wait() -> None:
