@@ -443,7 +443,11 @@ class PoolScope:
                 else:
                     activities.append(activity_of(subject, self.engine.dialect))
             if holder.kept_by and not subjects:
-                activities += self._idle_takers(holder)
+                takers = _takers(holder)
+                activities += self._idle(takers)
+                entry = next(filter(None, (_queued(who, now) for who in takers)), None)
+                if entry is not None:
+                    waits = _waiting(entry[1], now, entry[0])
             activity = min(activities, key=lambda found: _ORDER.index(found.doing), default=None)
             if activity is not None and not self._is_long_since(holder, now):
                 activity = Activity("running") if activity.doing == "elsewhere" else activity
@@ -464,12 +468,12 @@ class PoolScope:
             )
         return tuple(holding), below
 
-    def _idle_takers(self, holder: Holder) -> list[Activity]:
+    def _idle(self, takers: list[TaskOrThread]) -> list[Activity]:
         """What those do who took a connection that only a module keeps now, where they are threads without work."""
         found = [
-            activity_of(owner.subject, self.engine.dialect)
-            for owner in (holder.owner, holder.last_user)
-            if isinstance(owner.subject, threading.Thread) and owner.alive
+            activity_of(taker, self.engine.dialect)
+            for taker in takers
+            if isinstance(taker, threading.Thread)
         ]
         return [activity for activity in found if activity.doing == "idle"]
 
@@ -589,6 +593,12 @@ def _looks(thread: int) -> bool:
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:
     """The names of the scopes of these pools, which are given by their ids."""
     return tuple(sorted(scope.name for scope in proof.scopes() if id(scope.pool) in pools))
+
+
+def _takers(holder: Holder) -> list[TaskOrThread]:
+    """Who took a connection and who used it last, as far as they live: what only they do with it nobody can tell."""
+    takers = (holder.owner, holder.last_user)
+    return [who.subject for who in takers if who.subject is not None and who.alive]
 
 
 def _queued(who: TaskOrThread, now: float) -> tuple[str, Waiter] | None:

@@ -38,6 +38,7 @@ from typing import Any
 import greenlet
 from sqlalchemy.engine import Dialect, Engine, ExecutionContext
 from sqlalchemy.pool import Pool
+from sqlalchemy.util import ScopedRegistry
 
 from ormscope.frozen import frozen_holders, is_frozen
 from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of, is_fastapis_own
@@ -54,6 +55,11 @@ from ormscope.stacks import (
 )
 
 _STEPS = (CoroutineType, GeneratorType, AsyncGeneratorType)
+# They have an entry for each thread or request. Whose one is cannot be told, but not everybody's who has the keeper.
+_KEEPERS = (
+    (threading.local, "a thread-local variable"),
+    (ScopedRegistry, "the registry of a scoped session"),
+)
 _LISTS = (list, tuple, set, frozenset, deque)
 _MOST_NODES = 3_000  # of one search; who is held by more is held by more than can be followed
 # Looks at the whole heap in one search, each of which stops the program for as long as it takes: a dozen are usual, and
@@ -221,6 +227,10 @@ class _Search:
         ):
             found.elsewhere = found.elsewhere or _name_of(parent)
             return None
+        for keeper, what in _KEEPERS:
+            if issubclass(kind, keeper):
+                found.elsewhere = found.elsewhere or what
+                return None
         if kind is dict:
             if id(parent) in self._modules():
                 if listed:

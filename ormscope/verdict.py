@@ -170,6 +170,8 @@ def _cause(pool: Snapshot) -> Cause:
         return "connects failing"
     if waiting and (pool.unseen or pool.still or 2 * _idle(pool) > len(pool.holding)):
         return "unknown"
+    if waiting and _all_ask(pool):
+        return "unknown"
     return "saturated" if waiting else "healthy"
 
 
@@ -178,6 +180,12 @@ def _idle(pool: Snapshot) -> int:
     return sum(
         holder.activity is not None and holder.activity.doing == "idle" for holder in pool.holding
     )
+
+
+def _all_ask(pool: Snapshot) -> bool:
+    """Whether all who hold a connection wait for another one, and something keeps some that others might reach, too."""
+    all_ask = all(holder.waits is not None for holder in pool.holding)
+    return all_ask and any(holder.kept_by for holder in pool.holding)
 
 
 def _out_of(verdict: Verdict) -> str:
@@ -476,6 +484,15 @@ def _unknown_report(verdict: Verdict) -> list[str]:
     elif idle := _idle(verdict):
         why = f"{idle} of them are held by threads of an executor that have nothing to do."
         fix = "close the session where the thread's work ends (with, or remove() for a scoped session)"
+    elif _all_ask(verdict):
+        stuck = [holder for holder in verdict.holding if holder.waits is not None]
+        others = {holder.waits.pool for holder in stuck if holder.waits} - {verdict.pool}
+        kept = " and ".join(sorted({holder.kept_by for holder in stuck} - {""}))
+        why = (
+            "All who hold a connection wait for another: a deadlock, unless somebody gives one back "
+            f"who reaches it through {kept}."
+        )
+        fix = _smallest_fix(verdict, stuck, sorted(others))
     elif verdict.database != "postgresql":
         why = "Nothing has come back for seconds. A slow statement, or a lock?"
         statements = Counter(holder.last_sql for holder in verdict.holding if holder.last_sql)

@@ -8,15 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SELECT, cancelled, price_of, run, until
+from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
+from leftovers import await_that
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import await_only
 
 from ormscope import PoolScope, Verdict, proof
@@ -366,3 +370,91 @@ def test_who_is_cancelled_while_connecting_leaves_the_queue_asleep(server: Serve
     verdict = run(main())
     assert verdict.cause == "connects failing"
     assert "CancelledError" in str(verdict)
+
+
+REGISTRIES = {
+    "by thread-local": None,
+    "by identifier": threading.get_ident,
+}
+in_a_registry = pytest.mark.parametrize("scopefunc", REGISTRIES.values(), ids=REGISTRIES)
+
+
+@in_a_registry
+def test_all_ask_but_a_registry_has_their_sessions(
+    scopefunc: Callable[[], int] | None, server: Server
+) -> None:
+    """Another thread could give one back by way of the registry, so nothing is proved; nor is the pool called busy."""
+    engine = create_engine(
+        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=PATIENCE
+    )
+    scope = PoolScope(engine)
+    sessions = scoped_session(sessionmaker(engine), scopefunc)
+    together = threading.Barrier(2)
+    theirs: list[
+        weakref.ref[Session]
+    ] = []  # else this function could give one back by its variable
+
+    def answer() -> None:
+        theirs.append(weakref.ref(sessions()))
+        sessions.execute(SELECT)
+        together.wait()
+        with engine.connect():
+            pass
+        sessions.remove()
+
+    threads = [threading.Thread(target=answer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert await_that(lambda: scope.cause() == "unknown", PATIENCE)
+    verdict = scope.verdict()
+    first = theirs[0]()
+    assert first is not None
+    first.rollback()
+    for thread in threads:
+        thread.join()
+    assert scope.deadlocks == [] and scope.timeouts == 0
+    engine.dispose()
+    keeper = "a thread-local variable" if scopefunc is None else "the registry of a scoped session"
+    assert "a deadlock, unless somebody gives one back" in str(verdict)
+    assert keeper in str(verdict) and "use the connection it holds" in str(verdict)
+
+
+@in_a_registry
+def test_whoever_has_the_registry_is_not_who_holds_the_connection(
+    scopefunc: Callable[[], int] | None, server: Server
+) -> None:
+    """Threads without work hold the connections; this function only has the registry in a variable."""
+    engine = create_engine(
+        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=PATIENCE
+    )
+    scope = PoolScope(engine)
+    sessions = scoped_session(sessionmaker(engine), scopefunc)
+    together = threading.Barrier(2)
+
+    def forget() -> None:
+        sessions.execute(SELECT)
+        together.wait()
+
+    with ThreadPoolExecutor(2) as workers:
+        for job in [workers.submit(forget) for _ in range(2)]:
+            job.result()
+        customer = threading.Thread(target=lambda: engine.connect().close())
+        customer.start()
+        assert await_that(lambda: scope.waiters, PATIENCE)
+        verdicts = []
+        for _ in range(8):
+            time.sleep(0.25)
+            verdicts.append(scope.verdict())
+        for job in [workers.submit(forget_no_more, sessions, together) for _ in range(2)]:
+            job.result()
+        customer.join()
+    engine.dispose()
+    # At first they have only just used it.
+    assert {verdict.cause for verdict in verdicts} <= {"saturated", "unknown"}
+    assert "threads of an executor that have nothing to do" in str(verdicts[-1])
+
+
+def forget_no_more(sessions: scoped_session[Session], together: threading.Barrier) -> None:
+    """The next piece of work on each thread, which closes what the last one left."""
+    sessions.remove()
+    together.wait()
