@@ -1,0 +1,127 @@
+"""What is seen of the service under load: its metrics, the server's list, its memory, a report by signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from types import TracebackType
+from urllib.error import URLError
+
+import asyncpg
+import psutil
+
+from workshop.drill.run import Look, Run
+from workshop.drill.running import Worker
+from workshop.prometheus import ask, parsed
+
+_LOOK_SECONDS = 0.5
+_BAD_SECONDS = 1.0
+_PATIENCE_SECONDS = 2.0  # for the metrics, while others are to be looked at as well
+_ANSWER_SECONDS = 15.0  # for the metrics, when nothing else is left to do
+_REPORT_SECONDS = 1.0  # until a report is written
+# The warehouse has connections of its own, and so has whoever looks.
+_CONNECTIONS = """
+    SELECT count(*), count(*) FILTER (WHERE state LIKE 'idle in transaction%') FROM pg_stat_activity
+    WHERE backend_type = 'client backend' AND application_name NOT IN ('warehouse', 'on call')
+"""
+_ACTIVITY = """
+    SELECT coalesce(wait_event_type || ': ' || wait_event, state) AS waits, state, left(query, 300) AS query, count(*)
+    FROM pg_stat_activity
+    WHERE backend_type = 'client backend' AND application_name NOT IN ('warehouse', 'on call')
+    GROUP BY 1, 2, 3 ORDER BY state = 'idle', 4 DESC, 3
+"""
+
+
+class Looks:
+    """Looks at the workers and at the server twice a second, to the end of the block."""
+
+    def __init__(self, workers: list[Worker], looking: asyncpg.Connection, run: Run) -> None:
+        self._workers, self._looking, self._run = workers, looking, run
+        self._processes = [psutil.Process(worker.pid) for worker in workers]
+        self._one_at_a_time = asyncio.Lock()  # a connection of asyncpg is for one
+
+    async def __aenter__(self) -> Looks:
+        self._began = time.monotonic()
+        self._task = asyncio.create_task(self._look_on())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._task.done():
+            self._task.result()  # raises what the looking has raised
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def left_out(self, patience: float) -> int:
+        """How many connections all pools have out when everybody has gone, and so many seconds later if need be."""
+        deadline = time.monotonic() + patience
+        while True:
+            texts = [await asyncio.to_thread(ask, worker.metrics, _ANSWER_SECONDS) for worker in self._workers]
+            out = int(sum(parsed(text)["checked_out"] for text in texts))
+            if not out or time.monotonic() > deadline:
+                return out
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _look_closely(self) -> None:
+        """The server's list, and the report of each worker."""
+        async with self._one_at_a_time:
+            rows = await self._looking.fetch(_ACTIVITY)
+        self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
+        if not hasattr(signal, "SIGUSR1"):
+            return
+        before = [_written(worker) for worker in self._workers]
+        for worker in self._workers:
+            os.kill(worker.pid, signal.SIGUSR1)
+        await asyncio.sleep(_REPORT_SECONDS)
+        for worker, known in zip(self._workers, before, strict=True):
+            self._run.reports.append(_written(worker).removeprefix(known))
+
+    async def _look_on(self) -> None:
+        """Twice a second; closely at the first moment that is bad for long, or else towards the end."""
+        has_looked_closely = False
+        while True:
+            async with self._one_at_a_time:
+                connections, idle = await self._looking.fetchrow(_CONNECTIONS)
+            for worker, process in zip(self._workers, self._processes, strict=True):
+                try:
+                    scrape = parsed(await asyncio.to_thread(ask, worker.metrics, _PATIENCE_SECONDS))
+                except (URLError, TimeoutError):  # it is too busy to tell its numbers
+                    continue
+                self._run.looks.append(
+                    Look(
+                        time.monotonic() - self._began,
+                        worker.name,
+                        scrape.cause,
+                        scrape["checked_out"],
+                        scrape["waiting"],
+                        scrape["oldest_wait_seconds"],
+                        scrape["oldest_hold_seconds"],
+                        scrape["timeouts_total"],
+                        scrape["deadlocks_total"],
+                        scrape.lag,
+                        process.memory_info().rss / 2**20,
+                        connections,
+                        idle,
+                    )
+                )
+            if not self._run.looks:
+                continue
+            now = self._run.looks[-len(self._workers) :]
+            is_bad = any(
+                max(look.oldest_wait, look.oldest_hold, look.lag) > _BAD_SECONDS for look in now
+            )
+            if (is_bad or now[-1].time > self._run.seconds * 0.75) and not has_looked_closely:
+                has_looked_closely = True
+                await self._look_closely()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _written(worker: Worker) -> str:
+    return Path(worker.log).read_text("utf-8", errors="replace")
