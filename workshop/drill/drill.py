@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import subprocess
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,24 +13,32 @@ from types import TracebackType
 
 from ormscope.lab.picture import Picture
 from workshop.database import start_server
-from workshop.drill import incidents
+from workshop.drill.alerts import Alerts
 from workshop.drill.customers import register
 from workshop.drill.dashboard import draw
 from workshop.drill.documents import Document
 from workshop.drill.editing import changed
+from workshop.drill.incidents import SETTINGS, drawn, mended
 from workshop.drill.judge import Judgement, judge
 from workshop.drill.load import MOST_CLIENTS, MOST_SECONDS
 from workshop.drill.postmortem import Notes, post_mortem
 from workshop.drill.run import Run
-from workshop.drill.running import PROGRAM, Service, request
+from workshop.drill.running import NAMES, PROGRAM, Service, request
 from workshop.drill.supervisor import ROOT
 from workshop.exercises import MY_NOTEBOOKS
-from workshop.keeper import Keeper
+from workshop.keeper import Keeper, free_port
 from workshop.mistake import Mistake
 
 CLIENTS = 60
 SECONDS = 5.0
 FILE, SETTINGS_FILE = "service.py", "service.env"
+# Keeps a folder for as long as its standard input is open, which ends with the parent in any case.
+_TEMPORARY = """
+import sys, tempfile
+with tempfile.TemporaryDirectory(prefix="workshop-drill-") as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
 
 
 class Drill:
@@ -41,23 +49,27 @@ class Drill:
     """
 
     def __init__(self, seed: int | str, folder: Path | None = None) -> None:
-        self.incident = incidents.drawn(seed)
-        self._temporary = None
+        self.incident = drawn(seed)
+        self._temporary: Keeper | None = None
+        self._alerts: Alerts | None = None
+        self._service: Service | None = None
         if folder is None and Path.cwd() == MY_NOTEBOOKS:
             folder = MY_NOTEBOOKS / "drill" / str(seed)
         if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="workshop-drill-")
-            folder = Path(self._temporary.name)
+            self._temporary = Keeper(_TEMPORARY, stdout=subprocess.PIPE)
+            assert self._temporary.process.stdout is not None
+            folder = Path(self._temporary.process.stdout.readline().decode().strip())
         self.file, self.settings_file = folder / FILE, folder / SETTINGS_FILE
         self.notes = Notes()
         folder.mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
             self.put_back()
+        self._ports = [(free_port(), free_port()) for _ in NAMES]
         self._server = start_server()
-        self._service: Service | None = None
         try:
             register(self._server.url)
             self.reload()
+            self._alerts = Alerts([metrics for _, metrics in self._ports])
         except BaseException:
             self.close()
             raise
@@ -79,21 +91,21 @@ class Drill:
     @property
     def edits(self) -> list[str]:
         """What differs from the files as they were given: functions, classes and settings, by name."""
-        given = dict(line.split("=") for line in incidents.SETTINGS.splitlines())
+        given = dict(line.split("=") for line in SETTINGS.splitlines())
         settings = {n for n, _ in given.items() ^ self.settings.items()}
         return [*changed(self.incident.service(), self.file.read_text("utf-8")), *sorted(settings)]
 
     def put_back(self) -> None:
         """Write both files as they were given."""
         self.file.write_text(self.incident.service(), encoding="utf-8")
-        self.settings_file.write_text(incidents.SETTINGS, encoding="utf-8")
+        self.settings_file.write_text(SETTINGS, encoding="utf-8")
 
     def reload(self) -> None:
         """Stop both workers, and start them with the files as they are now. Raises Mistake where they do not start."""
         if self._service is not None:
             self._service.stop()
             self._service = None
-        self._service = Service(self.file, self.settings, self._server.url)
+        self._service = Service(self.file, self.settings, self._server.url, self._ports)
 
     def load(self, seconds: float = SECONDS, clients: int = CLIENTS) -> Run:
         """The sale: so many customers for so long, twelve screens and an export, and what was seen meanwhile.
@@ -108,8 +120,11 @@ class Drill:
             "clients": clients,
             "seconds": seconds,
         }
+        began = time.monotonic()
         with _keeper("load") as keeper:
             run = Run.of(request(keeper, wanted))
+        if self._alerts is not None:
+            run.alerts = self._alerts.fired(run, began, time.monotonic())
         if self.notes.before is None and not self.edits:
             self.notes.before = run
         self.notes.add(f"load: ≈ {run.served} of ≈ {len(run.answers)} served")
@@ -160,7 +175,7 @@ class Drill:
 
     def solve(self) -> str:
         """Mend the file in your place, unless you have changed it; the difference."""
-        before, after = self.file.read_text("utf-8"), incidents.mended()
+        before, after = self.file.read_text("utf-8"), mended()
         if changed(before, self.incident.service()):
             return "You have changed the file yourself: yours stays."
         self.file.write_text(after, encoding="utf-8")
@@ -177,9 +192,12 @@ class Drill:
         if self._service is not None:
             self._service.stop()
             self._service = None
+        if self._alerts is not None:
+            self._alerts.close()
+            self._alerts = None
         self._server.stop()
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary.stop()
 
     def __enter__(self) -> Drill:
         return self

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from urllib.error import URLError
@@ -18,10 +20,9 @@ from workshop.drill.running import Worker
 from workshop.prometheus import ask, parsed
 
 _LOOK_SECONDS = 0.5
-_BAD_SECONDS = 1.0
+_BAD_SECONDS = 0.7
 _PATIENCE_SECONDS = 2.0  # for the metrics, while others are to be looked at as well
 _ANSWER_SECONDS = 15.0  # for the metrics, when nothing else is left to do
-_REPORT_SECONDS = 1.0  # until a report is written
 # The warehouse has connections of its own, and so has whoever looks.
 _CONNECTIONS = """
     SELECT count(*), count(*) FILTER (WHERE state LIKE 'idle in transaction%') FROM pg_stat_activity
@@ -41,6 +42,7 @@ class Looks:
     def __init__(self, workers: list[Worker], looking: asyncpg.Connection, run: Run) -> None:
         self._workers, self._looking, self._run = workers, looking, run
         self._processes = [psutil.Process(worker.pid) for worker in workers]
+        self._written_before: dict[str, int] = {}
         self._one_at_a_time = asyncio.Lock()  # a connection of asyncpg is for one
 
     async def __aenter__(self) -> Looks:
@@ -58,34 +60,41 @@ class Looks:
             self._task.result()  # raises what the looking has raised
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._run.reports += self._reports()
 
     async def left_out(self, patience: float) -> int:
         """How many connections all pools have out when everybody has gone, and so many seconds later if need be."""
         deadline = time.monotonic() + patience
         while True:
-            texts = [await asyncio.to_thread(ask, worker.metrics, _ANSWER_SECONDS) for worker in self._workers]
+            texts = [
+                await asyncio.to_thread(ask, worker.metrics, _ANSWER_SECONDS)
+                for worker in self._workers
+            ]
             out = int(sum(parsed(text)["checked_out"] for text in texts))
             if not out or time.monotonic() > deadline:
                 return out
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _look_closely(self) -> None:
-        """The server's list, and the report of each worker."""
-        async with self._one_at_a_time:
-            rows = await self._looking.fetch(_ACTIVITY)
-        self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
-        if not hasattr(signal, "SIGUSR1"):
-            return
-        before = [_written(worker) for worker in self._workers]
-        for worker in self._workers:
+    async def _look_closely(self, worker: Worker) -> None:
+        """The report of a worker, and the server's list where that has not been seen yet."""
+        self._written_before[worker.name] = len(_written(worker))
+        if hasattr(signal, "SIGUSR1"):
             os.kill(worker.pid, signal.SIGUSR1)
-        await asyncio.sleep(_REPORT_SECONDS)
-        for worker, known in zip(self._workers, before, strict=True):
-            self._run.reports.append(_written(worker).removeprefix(known))
+        if not self._run.activity:
+            async with self._one_at_a_time:
+                rows = await self._looking.fetch(_ACTIVITY)
+            self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
+
+    def _reports(self) -> Iterator[str]:
+        """What the workers have written on a signal, without what they log besides."""
+        for worker in self._workers:
+            text = _written(worker)[self._written_before.get(worker.name, 0) :]
+            yield from re.findall(r"^ORMSCOPE, .*?(?=\n\n\S|\Z)", text, re.DOTALL | re.MULTILINE)[
+                :1
+            ]
 
     async def _look_on(self) -> None:
-        """Twice a second; closely at the first moment that is bad for long, or else towards the end."""
-        has_looked_closely = False
+        """Twice a second; closely at each worker's first moment that is bad, or else towards the end."""
         while True:
             async with self._one_at_a_time:
                 connections, idle = await self._looking.fetchrow(_CONNECTIONS)
@@ -107,19 +116,17 @@ class Looks:
                         scrape["deadlocks_total"],
                         scrape.lag,
                         process.memory_info().rss / 2**20,
+                        scrape["wait_seconds_count"],
+                        scrape["waits_within_a_second"],
                         connections,
                         idle,
                     )
                 )
-            if not self._run.looks:
-                continue
-            now = self._run.looks[-len(self._workers) :]
-            is_bad = any(
-                max(look.oldest_wait, look.oldest_hold, look.lag) > _BAD_SECONDS for look in now
-            )
-            if (is_bad or now[-1].time > self._run.seconds * 0.75) and not has_looked_closely:
-                has_looked_closely = True
-                await self._look_closely()
+                look = self._run.looks[-1]
+                is_bad = max(look.oldest_wait, look.oldest_hold, look.lag) > _BAD_SECONDS
+                is_late = look.time > 0.75 * self._run.seconds
+                if (is_bad or is_late) and worker.name not in self._written_before:
+                    await self._look_closely(worker)
             await asyncio.sleep(_LOOK_SECONDS)
 
 

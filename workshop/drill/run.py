@@ -27,6 +27,8 @@ class Answer(NamedTuple):
 class Look(NamedTuple):
     """What a worker's metrics said at `time`, in seconds since the load began; `memory` is in MiB.
 
+    So many waits have ended, and so many of them within a second.
+
     `connections` are the server's, of the service as a whole, and `idle_in_transaction` those of them that are.
     """
 
@@ -41,6 +43,8 @@ class Look(NamedTuple):
     deadlocks: float
     lag: float
     memory: float
+    waits_ended: float
+    waits_in_time: float
     connections: int
     idle_in_transaction: int
 
@@ -51,7 +55,7 @@ class Run:
 
     `found` are properties that have to hold whatever the load: see `workshop.drill.load`. `activity` is
     pg_stat_activity at the first bad moment, as (what it waits for, last statement, how many); `reports` are what the
-    workers wrote on a signal then.
+    workers wrote on a signal, each at its first bad moment. `alerts` are the names of those that fired.
     """
 
     clients: int
@@ -61,6 +65,7 @@ class Run:
     activity: list[tuple[str, str, int]] = field(default_factory=list)
     reports: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    alerts: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Run:

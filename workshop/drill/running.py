@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workshop.drill.supervisor import ROOT
-from workshop.keeper import Keeper, free_port
+from workshop.keeper import Keeper
 from workshop.mistake import Mistake
 
-WORKERS = 2
+NAMES = ("worker 1", "worker 2")
+WORKERS = len(NAMES)
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from workshop.drill.{} import main; main()"
 )
@@ -32,12 +34,14 @@ class Worker:
 class Service:
     """The workers of a service's file, until `stop()` or the end of this process.
 
-    `settings` are the operator's, such as {"POOL_SIZE": "5"}. Raises Mistake, with the end of its log, where a worker
+    `settings` are the operator's, such as {"POOL_SIZE": "5"}; `ports` has for each worker the one where it serves, and
+    the one of its metrics. Raises Mistake, with the end of its log, where a worker
     does not start.
     """
 
-    def __init__(self, file: Path, settings: dict[str, str], url: str) -> None:
-        ports = [(free_port(), free_port()) for _ in range(WORKERS)]
+    def __init__(
+        self, file: Path, settings: dict[str, str], url: str, ports: Sequence[tuple[int, int]]
+    ) -> None:
         requests = [
             {
                 "port": port,
@@ -46,10 +50,10 @@ class Service:
                     "DATABASE_URL": url,
                     "WAREHOUSE_URL": url.replace("+asyncpg", ""),
                     "METRICS_PORT": str(metrics),
-                    "WORKER": f"worker {number}",
+                    "WORKER": name,
                 },
             }
-            for number, (port, metrics) in enumerate(ports, 1)
+            for name, (port, metrics) in zip(NAMES, ports, strict=True)
         ]
         self._keeper = Keeper(PROGRAM.format("supervisor"), str(ROOT), stdout=subprocess.PIPE)
         try:
@@ -60,9 +64,9 @@ class Service:
             self._keeper.stop()
             raise
         self.workers = [
-            Worker(f"worker {number}", pid, port, metrics, log)
-            for number, (pid, (port, metrics), log) in enumerate(
-                zip(answer["pids"], ports, answer["logs"], strict=True), 1
+            Worker(name, pid, port, metrics, log)
+            for name, pid, (port, metrics), log in zip(
+                NAMES, answer["pids"], ports, answer["logs"], strict=True
             )
         ]
 
