@@ -68,7 +68,7 @@ def _draw_answers(axes: Any, run: Run) -> None:
     axes.bar(at, served, 0.9, color=COMPLETED)
     axes.bar(at, failed, 0.9, bottom=served, color=FAILED, hatch="//")
     axes.annotate(
-        f"{run.served} served, {run.failed} failed\nalerts: {', '.join(run.alerts) or 'none'}",
+        f"{run.served} served, {run.failed} failed\n{_alerts(run)}",
         (0.5, 0.97),
         xycoords="axes fraction",
         ha="center",
@@ -87,5 +87,9 @@ def _told(name: str, run: Run) -> str:
     return (
         f"{name.replace('_', ' ')}: {run.served} of {len(run.answers)} requests served; in each of two workers up to"
         f" {run.most('waiting'):.0f} wait and {run.most('checked_out'):.0f} connections are checked out, the loop is up"
-        f" to {run.most('lag'):.1f} s late, and memory grows by up to {max(0.0, run.grown):.0f} MiB; alerts: {', '.join(run.alerts) or 'none'}."
+        f" to {run.most('lag'):.1f} s late, and memory grows by up to {max(0.0, run.grown):.0f} MiB; {_alerts(run)}."
     )
+
+
+def _alerts(run: Run) -> str:
+    return f"alerts: {', '.join(run.alerts) or 'none'}"

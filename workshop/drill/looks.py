@@ -20,6 +20,8 @@ from workshop.drill.running import Worker
 from workshop.prometheus import ask, parsed
 
 _LOOK_SECONDS = 0.5
+# From its first line to the next of the log, which begins with a status, or with what uvicorn says of an error.
+_REPORT = r"^ORMSCOPE, .*?(?=^\d{3} |^ERROR|^Traceback|\Z)"
 _BAD_SECONDS = 0.7
 _PATIENCE_SECONDS = 2.0  # for the metrics, while others are to be looked at as well
 _ANSWER_SECONDS = 15.0  # for the metrics, when nothing else is left to do
@@ -89,9 +91,7 @@ class Looks:
         """What the workers have written on a signal, without what they log besides."""
         for worker in self._workers:
             text = _written(worker)[self._written_before.get(worker.name, 0) :]
-            yield from re.findall(r"^ORMSCOPE, .*?(?=\n\n\S|\Z)", text, re.DOTALL | re.MULTILINE)[
-                :1
-            ]
+            yield from re.findall(_REPORT, text, re.DOTALL | re.MULTILINE)[:1]
 
     async def _look_on(self) -> None:
         """Twice a second; closely at each worker's first moment that is bad, or else towards the end."""
