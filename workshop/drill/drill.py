@@ -29,7 +29,7 @@ from workshop.exercises import MY_NOTEBOOKS
 from workshop.keeper import Keeper, free_port
 from workshop.mistake import Mistake
 
-CLIENTS = 60
+CLIENTS = 36
 SECONDS = 5.0
 FILE, SETTINGS_FILE = "service.py", "service.env"
 # Keeps a folder for as long as its standard input is open, which ends with the parent in any case.

@@ -13,7 +13,7 @@ from workshop.mistake import Mistake
 _HERE = Path(__file__).resolve().parent
 DRAWN = ("sign_in", "live_feed", "nightly_export")
 """Those that a seed chooses from."""
-SETTINGS = "POOL_SIZE=5\nPOOL_TIMEOUT=1.5\n"
+SETTINGS = "POOL_SIZE=5\nPOOL_TIMEOUT=2.0\n"
 """What the operator has set, for each of the two workers; the rest is as in db.py."""
 
 

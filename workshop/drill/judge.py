@@ -15,7 +15,7 @@ from workshop.drill.running import WORKERS
 
 LIMIT = 3.0  # seconds, for 99 of 100 customers
 GROWTH = 30.0  # MiB, for each worker
-STALL = 2.5  # seconds; the warehouse takes four
+STALL = 2.5  # seconds; the warehouse takes five
 SEEN = 0.5  # of the orders, on each screen
 GIVEN = dict(line.split("=") for line in SETTINGS.splitlines())
 CONNECTIONS = WORKERS * int(GIVEN["POOL_SIZE"])

@@ -30,7 +30,7 @@ from workshop.shop import AuditEntry, Order, OrderLine, Product, Sale
 logger = logging.getLogger("shop")
 
 DEADLINE = 3.0  # seconds; who waits longer is told 504
-FEED_SECONDS = 0.5  # between two looks for new orders
+FEED_SECONDS = 1.0  # between two looks for new orders
 RECEIPTS = 20_260  # the advisory lock of whoever gives out a receipt's number
 PAGE = 1000  # lines
 
@@ -243,4 +243,4 @@ async def export(
 def book(done: Exported) -> None:
     """Tell the warehouse, which has a driver of its own, and takes its time."""
     with psycopg.connect(os.environ["WAREHOUSE_URL"], application_name="warehouse") as warehouse:
-        warehouse.execute("SELECT pg_sleep(4), %s::int", [done.lines])
+        warehouse.execute("SELECT pg_sleep(5), %s::int", [done.lines])
