@@ -110,6 +110,13 @@ class Run:
         return float(max((getattr(look, name) for look in self.looks), default=0))
 
     @property
+    def timeouts(self) -> float:
+        """How many waits for a connection have ended in vain, in all workers."""
+        last = {look.worker: look.timeouts for look in self.looks}
+        first = {look.worker: look.timeouts for look in reversed(self.looks)}
+        return sum(last.values()) - sum(first.values())
+
+    @property
     def grown(self) -> float:
         """By how many MiB a worker's memory has grown from its first look to its last, at most."""
         workers = {look.worker for look in self.looks}
