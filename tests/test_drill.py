@@ -24,7 +24,7 @@ from workshop.drill.run import Answer, Run
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).parents[1]
-INCIDENTS = (*incidents.DRAWN, "order_lock")
+INCIDENTS = (*incidents.DRAWN, *incidents.HARD.values())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def test_each_incident_breaks_the_service_and_its_solution_mends_it(
     """The same load on the same machine, one after the other."""
     begin(drill, name)
     broken = drill.judge()
-    assert broken.run.failed > 0.2 * len(broken.run.answers), broken
+    # An export stops a worker for five seconds; most have been served by then, and some 10 of 60 are not.
+    assert broken.run.failed > 0.1 * len(broken.run.answers), broken
     assert broken.misconception == "restarts-it"
     assert broken.run.connections <= CONNECTIONS
     assert drill.solve().startswith("@@ ")
@@ -89,7 +90,7 @@ def test_a_seed_always_draws_the_same_incident_and_thirty_draw_each() -> None:
     drawn = [incidents.drawn(seed).name for seed in range(1, 31)]
     assert drawn == [incidents.drawn(str(seed)).name for seed in range(1, 31)]
     assert {name: drawn.count(name) > 5 for name in drawn} == dict.fromkeys(incidents.DRAWN, True)
-    assert incidents.drawn("order_lock").name == "order_lock"
+    assert incidents.drawn("order_lock").name == incidents.drawn("hard").name == "order_lock"
     with pytest.raises(Mistake, match=r"no incident 'nothing'"):
         incidents.incident("nothing")
 
@@ -161,6 +162,10 @@ def test_what_nobody_knows_a_name_for_is_told_as_it_was_seen() -> None:
     assert not judge(late, ["Accounts"], given).is_mended
 
 
+def test_without_a_signal_the_report_says_where_else_to_look() -> None:
+    assert "ormscope console PID" in str(run_of().report)
+
+
 def test_the_export_and_the_waits_without_an_end_are_no_customers() -> None:
     run = run_of()
     run.answers.append(Answer("POST /export", 0.0, 60.0, 200))
@@ -203,6 +208,8 @@ def test_nothing_is_left(end: str, sandbox: Path) -> None:
             process.send_signal(getattr(signal, end))
         process.wait(60)
     await_that(lambda: not processes_of(temporary), 30)
+    for folder in temporary.glob("ormscope*"):
+        folder.rmdir()  # that of this user's consoles stays for the next one; in it there must be nothing
     assert_nothing_is_left(temporary, children)
 
 

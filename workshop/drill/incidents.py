@@ -13,6 +13,8 @@ from workshop.mistake import Mistake
 _HERE = Path(__file__).resolve().parent
 DRAWN = ("sign_in", "live_feed", "nightly_export")
 """Those that a seed chooses from."""
+HARD = {"hard": "order_lock"}
+"""The one for the fast, by a name that gives nothing away."""
 SETTINGS = "POOL_SIZE=5\nPOOL_TIMEOUT=2.0\n"
 """What the operator has set, for each of the two workers; the rest is as in db.py."""
 
@@ -51,7 +53,8 @@ def incident(name: str) -> Incident:
 
 def drawn(seed: int | str) -> Incident:
     """The incident of a seed: of three, in no order that anybody could guess; or the one that it names."""
-    if seed in (*DRAWN, "order_lock"):
+    seed = HARD.get(str(seed), seed)
+    if seed in (*DRAWN, *HARD.values()):
         return incident(str(seed))
     number = int.from_bytes(hashlib.sha256(str(seed).encode()).digest())
     return incident(DRAWN[number % len(DRAWN)])

@@ -13,6 +13,10 @@ from workshop.drill.documents import Document
 OK = 200
 NO_ANSWER = 0
 EXPORT = "POST /export"
+_NO_REPORT = (
+    "There is no report: this system has no SIGUSR1, or no worker wrote one in time.\n"
+    "While a load runs, `python -m ormscope console PID` tells the same."
+)
 
 
 class Answer(NamedTuple):
@@ -125,9 +129,9 @@ class Run:
 
     @property
     def report(self) -> Document:
-        """The report of the worker in which most were waiting; raises IndexError where no signal was sent (Windows)."""
+        """The report of the worker in which most were waiting."""
         reports = sorted(self.reports, key=_waiting)
-        return Document("report", reports[-1])
+        return Document("report", reports[-1] if reports else _NO_REPORT)
 
     @property
     def causes(self) -> Counter[str]:

@@ -6,6 +6,7 @@ Two workers run this file, each in a process of its own; `db.py` is the one from
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -44,7 +45,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collector = PoolCollector(scope, loop=scope.loop)
         REGISTRY.register(collector)
         metrics, _ = start_http_server(int(os.environ["METRICS_PORT"]), "127.0.0.1")
-        report_on_signal()
+        if hasattr(signal, "SIGUSR1"):  # Windows has none; there the console tells the same
+            report_on_signal()
         console = serve_console(scope)
         try:
             yield
