@@ -68,14 +68,14 @@ def _draw_answers(axes: Any, run: Run) -> None:
     axes.bar(at, served, 0.9, color=COMPLETED)
     axes.bar(at, failed, 0.9, bottom=served, color=FAILED, hatch="//")
     axes.annotate(
-        f"{run.served} served, {run.failed} failed\n{_alerts(run)}",
+        f"{run.served} served, {run.failed} failed\n" + _alerts(run).replace(", ", ",\n"),
         (0.5, 0.97),
         xycoords="axes fraction",
         ha="center",
         va="top",
         weight="bold",
     )
-    axes.margins(y=0.6)
+    axes.margins(y=1.0)  # room for the words above the bars
 
 
 def _draw_curve(axes: Any, looks: list[Look], attribute: str, color: str) -> None:

@@ -169,7 +169,7 @@ class Drill:
             text = path.read_text("utf-8")
             if text.count(old) == 1:
                 path.write_text(text.replace(old, new), encoding="utf-8")
-                self.notes.add(f"edit: {', '.join(self.edits)}")
+                self.notes.add(f"edit: {', '.join(self.edits) or 'all is as it was given'}")
                 return
         raise Mistake("What was to be replaced does not stand in exactly one place of the files.")
 
