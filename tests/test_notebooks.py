@@ -45,6 +45,9 @@ NOTEBOOKS = [
 
 LONGEST_CELL = 30  # lines
 MINUTES_OF_RUNS = 1.5  # of one lesson, at most; on two cores they take 10 to 80 seconds
+MINUTES_ON_CALL = (
+    35  # where a lesson lets its learner find something by themselves: the tag on-call
+)
 ORDERINGS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 # Seconds from an interrupt to the end of the cell: some tenths when idle; the run itself would go on for a minute.
 STOPPED_WITHIN = 5.0
@@ -219,10 +222,14 @@ def test_the_lint_sees(complaint: str, spoil: Callable[[NotebookNode], object]) 
 
 
 def minutes(cells: list[NotebookNode]) -> int:
-    """How long a lesson takes: its words at 200 a minute, its predictions, and the runs; rounded up to five minutes."""
+    """How long a lesson takes: its words at 200 a minute, its predictions, and the runs; rounded up to five minutes.
+
+    What a learner finds by themselves comes on top.
+    """
+    on_call = MINUTES_ON_CALL * any("on-call" in tags(cell) for cell in cells)
     text = " ".join(re.sub(r"\]\([^)]*\)", "]", cell.source) for cell in cells)
     predictions = text.count("**Predict.**")
-    return 5 * math.ceil((len(text.split()) / 200 + predictions + MINUTES_OF_RUNS) / 5)
+    return on_call + 5 * math.ceil((len(text.split()) / 200 + predictions + MINUTES_OF_RUNS) / 5)
 
 
 @each_lesson
