@@ -92,6 +92,20 @@ def creator_of(pool: Pool) -> Any:
     return pool._creator
 
 
+def pool_below(pool: Pool) -> Any:
+    """The pool of psycopg_pool from which a pool takes its connections, as by `async_creator=pool.getconn`.
+
+    None where the connections come from a driver, or from a function that does not say from where.
+    """
+    creator = pool._creator
+    cells = getattr(creator, "__closure__", None) or ()
+    for function in (creator, *(cell.cell_contents for cell in cells)):
+        found = getattr(function, "__self__", None)
+        if callable(getattr(found, "get_stats", None)):
+            return found
+    return None
+
+
 def idle_records(pool: Pool) -> list[ConnectionPoolEntry]:
     """The connections of a pool that are open and that nobody holds."""
     if not isinstance(pool, QueuePool):

@@ -146,7 +146,7 @@ def await_the_end():
 def start(*command):
     return subprocess.Popen(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, "TZ": "UTC"}, **options,
+        stderr=subprocess.DEVNULL, env={**os.environ, "TZ": "UTC", "TMPDIR": folder}, **options,
     )
 with tempfile.TemporaryDirectory(prefix="workshop-mariadb-", dir=".") as name:
     folder, options = os.path.abspath(name), {}

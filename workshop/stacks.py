@@ -192,12 +192,9 @@ def _mysql(name: str) -> Callable[[str, int], AbstractAsyncContextManager[Pool]]
         @asynccontextmanager
         async def transaction() -> AsyncIterator[Any]:
             async with pool.acquire() as connection:
+                # Without a rollback: the pool closes a connection that comes back in the middle of a transaction.
                 await connection.begin()
-                try:
-                    yield connection
-                except BaseException:
-                    await connection.rollback()
-                    raise
+                yield connection
                 await connection.commit()
 
         async def products() -> AsyncGenerator[Any, None]:

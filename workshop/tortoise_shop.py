@@ -1,4 +1,4 @@
-"""Two tables of the shop as models of Tortoise ORM, which finds its models by module."""
+"""Tables of the shop as models of Tortoise ORM, which finds its models by module."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ class Order(Model):
         """The table's name."""
 
         table = "orders"
+
+
+class OrderLine(Model):
+    """One product of an order, at the price of that moment."""
+
+    id = fields.IntField(primary_key=True)
+    order_id = fields.IntField()
+    sku = fields.IntField()
+    quantity = fields.IntField(default=1)
+    unit_price = fields.DecimalField(max_digits=10, decimal_places=2)
+
+    class Meta:
+        """The table's name."""
+
+        table = "order_lines"
