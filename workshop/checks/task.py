@@ -33,9 +33,8 @@ _FUSE_SECONDS = 2.0  # more, for what blocks the event loop, so that the load ca
 _MOST_LINES_SHOWN = 12
 _MOST_PLACES = 3  # of those where a load stood
 _WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
-_NOT_OWN = re.compile(
-    rf"{re.escape(os.path.dirname(__file__))}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/"
-)
+_WORKSHOP = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_NOT_OWN = re.compile(rf"{re.escape(_WORKSHOP)}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/")
 _CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]

@@ -46,6 +46,7 @@ async def meet_the_crowd(
 ) -> Crowd:
     """A crowd that wants connections, of which the first keep theirs."""
     made: list[Any] = []
+    seen = Crowd()
     conninfo = make_url(conditions.url).set(drivername="postgresql")
 
     async def start(number: int) -> None:
@@ -53,7 +54,6 @@ async def meet_the_crowd(
 
     async with evidence(conditions) as noted:
         await storm(start, 1)
-        seen = Crowd()
         if made and not isinstance(pool := made[0], AsyncConnectionPool):
             seen.returned = type(pool).__name__
         elif made:

@@ -48,6 +48,7 @@ async def come_and_go(
     path, seen = stacks.sqlite_shop(), Visits()
 
     async def visits(_: int) -> None:
+        await reserve(_FIRST)  # if that does not end, it has nothing to do with those who leave
         for moment in range(1, moments + 1):
             seen.ends.append(await strike(reserve(moment), moment, _PATIENCE))
             staying = asyncio.create_task(reserve(_FIRST + moment))
@@ -59,7 +60,7 @@ async def come_and_go(
                 seen.stuck_after = moment
                 return
             if not done:
-                await staying  # that has nothing to do with those who left
+                await staying
             staying.result()
             seen.early += not _orders(path, _FIRST + moment)
             if seen.ends[-1] == "ended":

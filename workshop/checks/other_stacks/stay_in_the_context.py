@@ -139,7 +139,7 @@ def asks_past_the_transaction(run: Recording, seen: Orders) -> Iterator[Finding]
 
 def one_at_a_time(run: Recording, seen: Orders) -> Iterator[Finding]:
     """A lock before work that could go on side by side."""
-    if seen.queuers > run.announced // 2 and seen.most <= seen.capacity // 4:
+    if seen.ended and seen.queuers > run.announced // 2 and seen.most <= seen.capacity // 4:
         yield Finding(
             "one-at-a-time",
             f"Nearly all calls waited at {seen.queues_at}, while at most {seen.most} of {seen.capacity} connections"
