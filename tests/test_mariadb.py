@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import psutil
 import pymysql
 import pytest
 from environments import ROOT
 from leftovers import GONE_WITHIN, await_that
+from nbformat import NotebookNode
+from nbval_gate import WITHOUT_MYSQL, _expect_what_runs_here
 
 from workshop import mariadb, postgres
 from workshop.mariadb import MariaDB, mysql_url
@@ -126,6 +130,38 @@ def test_what_cannot_be_a_server(named: str, told: str, monkeypatch: pytest.Monk
     with pytest.raises(Mistake, match=told) as raised:
         mysql_url()
     assert "secret" not in str(raised.value)
+
+
+def test_without_a_server_the_cells_of_the_lesson_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each prints one line, and the gate expects exactly that; it changes no other cell, and none in CI."""
+    lesson = nbformat.read(ROOT / "notebooks" / "09_other_stacks.ipynb", as_version=4)
+    cells = [cell for cell in lesson.cells if "MySQL here:" in cell.source]
+    assert len(cells) >= 4
+    known = {"MYSQL": None, "QUESTIONS": (), "ON_MYSQL": (), "answers": None}
+    for cell in cells:
+        exec(cell.source, {**known, "on_mysql": lambda *arguments: None})
+        assert capsys.readouterr().out == WITHOUT_MYSQL
+    monkeypatch.delenv("MYSQL_URL", raising=False)
+    monkeypatch.setattr(mariadb, "programs", lambda: None)
+    stored = copy.deepcopy(lesson.cells)
+    for ci in ("true", "false"):
+        monkeypatch.setenv("CI", ci)
+        for cell in lesson.cells:
+            if cell.cell_type == "code":
+                _expect_what_runs_here(cell)
+        changed = [
+            cell.id
+            for cell, before in zip(lesson.cells, stored, strict=True)
+            if texts(cell) != texts(before)
+        ]
+        assert changed == ([] if ci == "true" else [cell.id for cell in cells])
+    assert {texts(cell) for cell in cells} == {WITHOUT_MYSQL}
+
+
+def texts(cell: NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in cell.get("outputs", []))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script stands for the programs")
