@@ -36,6 +36,7 @@ from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import ScopedRegistry
 
 from ormscope import internals, orm_internals
+from ormscope.frozen import frozen_objects
 from ormscope.orm_internals import state_of
 from ormscope.places import is_user_code, place
 from ormscope.stacks import STEPS, calling_frames, down_from, frame_of, locals_of
@@ -78,7 +79,6 @@ _BLIND: dict[orm_internals.Part, str] = {
 }
 _MOST_LEVELS = 15  # of holders above an object; each costs one look at the whole heap
 _TOGETHER = 64  # objects that are looked at in one call
-_NEVER_FROZEN = 1000  # Python 3.12 has a few hundred objects there that nobody has frozen
 
 
 @dataclass(frozen=True, order=True)
@@ -289,25 +289,13 @@ class _Search:
 
     def _add_frozen(self, heap: list[Any]) -> set[int]:
         """Add what gc.freeze() has taken out of the collector's sight, as far as it can be reached; the ids of that."""
-        if gc.get_freeze_count() < _NEVER_FROZEN:
-            return set()
-        known = set(map(id, heap))
-        frozen = set()
-        todo = deque(heap)
-        todo.extend(self._types.attributes(module) for module in list(sys.modules.values()))
-        todo.extend(locals_of(frame) for frame in calling_frames())
-        while todo:
-            holder = todo.popleft()
-            held = self._held_by(holder)
-            if self._types.role(holder) == "state":
-                held.append(holder.obj())
-            for value in held:
-                if id(value) not in known and gc.is_tracked(value):
-                    known.add(id(value))
-                    frozen.add(id(value))
-                    heap.append(value)
-                    todo.append(value)
-        return frozen
+
+        def mapped(part: list[Any]) -> list[Any]:
+            return [value.obj() for value in part if self._types.role(value) == "state"]
+
+        found = frozen_objects(heap, mapped)
+        heap += found
+        return set(map(id, found))
 
     def _sort(self, session: Session | None, of_all: bool) -> None:
         """Go through the heap once, for what is of interest in itself."""

@@ -175,6 +175,7 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
             record = original(pool)
         except BaseException as error:
             hook.tell("acquire_failed", pool, error)
+            request = None  # who keeps the error keeps this frame, and would keep the task
             raise
         if request is not None:
             for scope in attached.scopes:

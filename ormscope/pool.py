@@ -24,6 +24,7 @@ from ormscope.loops import watch_of
 from ormscope.owners import TaskOrThread, current, name_of
 from ormscope.places import (
     Place,
+    is_users,
     own_line,
     own_place,
     places,
@@ -560,7 +561,7 @@ def _stands_at(loop: asyncio.AbstractEventLoop, thread: int) -> Place | None:
             time.sleep(0.005)
         # Thousands of tasks that each do a little keep a loop busy, but do not block it.
         seen.add(_step_of(loop, thread))
-    if len(seen) > 1:
+    if len(seen) > 1 or _looks(thread):
         return None
     # The program's own line, not that of the driver below it.
     return own_line(places(running_places(thread)))
@@ -573,6 +574,18 @@ def _step_of(loop: asyncio.AbstractEventLoop, thread: int) -> object:
         return id(task)
     frames = reversed(thread_frames(thread))
     return id(next((frame for frame in frames if frame.f_code is internals.LOOP_STEP), None))
+
+
+def _looks(thread: int) -> bool:
+    """Whether a loop's thread is in a look of ours, which on a busy machine takes long: no fault of the program."""
+    ours = False
+    for frame in reversed(thread_frames(thread)):
+        if frame.f_code is internals.LOOP_STEP or frame.f_code is internals.LOOP_RUN:
+            break
+        if is_users(frame):
+            return False
+        ours = ours or frame.f_globals.get("__package__") == __package__
+    return ours
 
 
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:

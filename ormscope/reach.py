@@ -39,6 +39,7 @@ import greenlet
 from sqlalchemy.engine import Dialect, Engine, ExecutionContext
 from sqlalchemy.pool import Pool
 
+from ormscope.frozen import frozen_holders, is_frozen
 from ormscope.internals import LOOP_RUN, LOOP_STEP, callback_of, is_fastapis_own
 from ormscope.loops import known_loops
 from ormscope.owners import Owner, TaskOrThread
@@ -298,7 +299,28 @@ class _Search:
         ours = {id(thing) for thing in (nodes, unexplained, alive, self._nodes, self._above)}
         for start in range(0, len(unexplained), _ASKED_AT_ONCE):
             self._asked += 1
-            _count_referrers(unexplained[start : start + _ASKED_AT_ONCE], referrers, counts, ours)
+            _count_referrers(
+                gc.get_referrers,
+                unexplained[start : start + _ASKED_AT_ONCE],
+                referrers,
+                counts,
+                ours,
+            )
+        unseen = self._unseen(unexplained, referrers, counts)
+        if unseen and is_frozen():
+            hidden = [node for node in unexplained if id(node) in unseen]
+            _count_referrers(frozen_holders, hidden, referrers, counts, ours)
+            del hidden  # it refers to what is counted
+            unseen = self._unseen(unexplained, referrers, counts)
+        return [(key, list(found.values()), key in unseen) for key, found in referrers.items()]
+
+    def _unseen(
+        self,
+        unexplained: list[Any],
+        referrers: dict[int, dict[int, Any]],
+        counts: dict[int, int],
+    ) -> set[int]:
+        """To which of these somebody refers besides those who were found."""
         kept = Counter(key for found in referrers.values() for key in found)
         unseen = set()
         for node in unexplained:
@@ -306,7 +328,7 @@ class _Search:
             own = _OWN_REFERENCES + 1 + (id(node) in self._nodes) + kept[id(node)]
             if sys.getrefcount(node) - own > counts[id(node)]:
                 unseen.add(id(node))
-        return [(key, list(found.values()), key in unseen) for key, found in referrers.items()]
+        return unseen
 
     def _modules(self) -> dict[int, str]:
         if self._namespaces is None:
@@ -349,7 +371,8 @@ class _Search:
     def _note_variables(self, frame: FrameType, subject: TaskOrThread) -> None:
         assert self._stacks is not None
         self._stacks.setdefault(id(frame), set()).add(subject)
-        if not _is_our_frame(frame):
+        # The variables of a module are global: nobody's more than anybody else's.
+        if not _is_our_frame(frame) and frame.f_code.co_name != "<module>":
             for value in locals_of(frame).values():
                 self._stacks.setdefault(id(value), set()).add(subject)
 
@@ -368,10 +391,14 @@ def _begin(
 
 
 def _count_referrers(
-    part: list[Any], referrers: dict[int, dict[int, Any]], counts: dict[int, int], ours: set[int]
+    ask: Callable[..., list[Any]],
+    part: list[Any],
+    referrers: dict[int, dict[int, Any]],
+    counts: dict[int, int],
+    ours: set[int],
 ) -> None:
     """Note who refers to each object of `part`, and by how many references, without whatever is ours."""
-    found = gc.get_referrers(*part)
+    found = ask(*part)
     for referrer in found:
         if id(referrer) in ours or referrer is part or _is_ours(referrer):
             continue

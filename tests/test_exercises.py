@@ -28,9 +28,11 @@ from leftovers import await_that, runs_of
 from nbclient import NotebookClient
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import QueuePool
 
 from workshop import database, exercises, progress
 from workshop import generator as generator_module
+from workshop.checks import lent
 from workshop.checks.answer import as_given
 from workshop.checks.catalogue import Misconception, misconceptions
 from workshop.checks.returned import another_answer, is_same
@@ -158,6 +160,25 @@ def test_code_that_blocks_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(TASK, "load_seconds", 1.0)
     outcome = TASK.check(written("while True: pass", MODULE, TASK))
     assert (outcome.kind, outcome.misconception) == ("wrong", "never-ends"), outcome
+
+
+@pytest.mark.parametrize(
+    ("usual", "load", "expected"),
+    [(1e-6, 0, 4), (1e6, 99, 4), (1e6, 2.9, 2), (1e6, 0.1, 1)],
+    ids=["a slow machine", "one that stands", "one that is busy", "a fast one"],
+)
+def test_a_slow_machine_gets_more_time(
+    usual: float, load: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is right on one machine would be refused on another; but no check goes on for minutes."""
+    monkeypatch.setattr(lent, "_SAMPLE_SECONDS", usual)
+    cores = psutil.cpu_count() or 1
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load * cores, 0, 0))
+    lent_to = TASK._conditions()
+    assert (lent_to.slowness, lent_to.load_seconds) == (expected, TASK.load_seconds * expected)
+    pool = lent_to.engine(1).pool
+    assert isinstance(pool, QueuePool)
+    assert pool.timeout() == lent.POOL_TIMEOUT * expected
 
 
 # The catalogue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import subprocess
@@ -99,6 +100,35 @@ def test_runs_side_by_side(way: str) -> None:
         thread.join()
     assert {fork.ended for fork in found} == {"returned"}
     assert len({fork.result for fork in found}) == 8, "forks begin with the same random numbers"
+
+
+def imported_by(module: str) -> int:
+    return int(importlib.import_module(module).BY)
+
+
+@needs_forks
+def test_what_is_preloaded_is_imported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the server, for all runs; but what cannot be imported is told by the run that wants it."""
+    monkeypatch.setattr(forks, "_preloaded", {})
+    monkeypatch.setattr(forks, "_server", None)  # one that knows this path
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "slow_to_import.py").write_text("import os\nBY = os.getpid()\n")
+    (tmp_path / "broken.py").write_text("raise OSError('no such sound card')\n")
+    apart = [observe(imported_by, "slow_to_import", live=False) for _ in range(2)]
+    assert len({run.result for run in apart}) == 2
+    for module in ("broken", "slow_to_import"):
+        forks.preload(module)
+    once = [observe(imported_by, "slow_to_import", live=False) for _ in range(2)]
+    (server,) = [child for child in psutil.Process().children() if child.pid == once[0].result]
+    assert {run.result for run in once} == {server.pid}
+    with pytest.raises(OSError, match="no such sound card"):
+        observe(imported_by, "broken", live=False)
+    assert forks._server is not None
+    forks._server._channel.close()
+    forks._server._process.wait()
 
 
 @needs_forks

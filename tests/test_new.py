@@ -61,6 +61,11 @@ def test_a_new_exercise_works_as_it_is(checkout: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def written(checkout: Path) -> list[Path]:
+    """All that is there but what Python compiles."""
+    return [path for path in sorted(checkout.rglob("*")) if "__pycache__" not in str(path)]
+
+
 @pytest.mark.parametrize(
     ("number", "subject", "told"),
     [
@@ -73,9 +78,7 @@ def test_a_new_exercise_works_as_it_is(checkout: Path) -> None:
 def test_a_mistake_is_told_in_one_line(
     number: str, subject: str, told: str, checkout: Path
 ) -> None:
-    before = sorted(checkout.rglob("*"))
+    before = written(checkout)
     done = python(checkout, "-m", "workshop.new", "exercise", number, subject)
     assert done.returncode == 1 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
-    assert [
-        path for path in sorted(checkout.rglob("*")) if "__pycache__" not in str(path)
-    ] == before
+    assert written(checkout) == before

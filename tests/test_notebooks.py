@@ -32,7 +32,7 @@ from nbformat import NotebookNode
 from sanitizing import masked
 
 from ormscope.lab.picture import Picture, stored_picture
-from workshop import notebooks
+from workshop import notebooks, postgres
 
 ROOT = Path(__file__).parents[1]
 CANARIES = Path(__file__).parent / "canaries"
@@ -599,7 +599,8 @@ def kernel(temporary: Path) -> Iterator[Kernel]:
 
 
 def server_folders(kernel: Kernel) -> list[Path]:
-    return list(kernel.temporary.iterdir())
+    # Not what `tempfile` writes for a moment to see whether it can: an interrupt just then would leave it.
+    return list(kernel.temporary.glob(f"{postgres.APPLICATION}-*"))
 
 
 def until_started(kernel: Kernel) -> None:

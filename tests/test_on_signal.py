@@ -317,10 +317,10 @@ def test_a_system_whose_python_cannot_catch_it(monkeypatch: pytest.MonkeyPatch) 
     [(signal.SIGSEGV, RuntimeError), (signal.SIGKILL, OSError), (1000, ValueError)],
 )
 def test_a_signal_that_cannot_be_had(signum: int, error: type[Exception]) -> None:
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     with pytest.raises(error):
         report_on_signal(signum)
-    assert threading.active_count() == before
+    assert {*threading.enumerate()} <= before  # that of a test before this may just end
 
 
 FORKING = """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 from helpers import SELECT, cancelled, price_of, run, until
@@ -14,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from ormscope import PoolScope, reach
 from ormscope.reach import Users, users_of
+from workshop.database import Server
 
 
 def users_now(scope: PoolScope) -> Users:
@@ -164,6 +167,85 @@ def test_a_registry_of_connections_is_not_followed_for_long(
         assert "who could give back 8 of them" in str(verdicts[-1])
         assert "8 of the holders are in line" in str(verdicts[-1])
         await cancelled(*tasks)
+        await engine.dispose()
+
+    run(main())
+
+
+class Kept:
+    """What a program keeps for as long as it runs."""
+
+    connections: ClassVar[list[AsyncConnection]] = []
+    by_name: ClassVar[dict[str, Any]] = {}
+
+
+by_name: dict[str, Any] = {"none": []}  # with something in it: the collector knows no others
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """As servers do that fork their workers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "put, take",
+    [
+        (Kept.connections.append, Kept.connections.pop),
+        (partial(Kept.by_name.__setitem__, "one"), partial(Kept.by_name.pop, "one")),
+        (partial(by_name.__setitem__, "one"), partial(by_name.pop, "one")),
+    ],
+    ids=["a list of a class", "a dict of a class", "a dict of a module"],
+)
+@pytest.mark.usefixtures("frozen")
+def test_what_is_kept_by_something_frozen_can_be_given_back(
+    put: Callable[[AsyncConnection], None], take: Callable[[], AsyncConnection], server: Server
+) -> None:
+    """Whoever holds it waits for another one, but somebody else gives it back."""
+
+    async def main() -> None:
+        engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_timeout=60)
+        scope = PoolScope(engine)
+
+        async def hold_and_wait() -> None:
+            connection = await engine.connect()
+            await connection.execute(SELECT)
+            put(connection)
+            await price_of(engine)
+
+        stuck = asyncio.create_task(hold_and_wait())
+        await until(lambda: scope.waiters)
+        seen = set()
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            seen.add(scope.verdict().cause)
+        assert not seen & {"deadlock", "leaked", "held across a foreign await"}
+        await take().close()
+        await stuck
+        assert scope.deadlocks == []
+        await engine.dispose()
+
+    run(main())
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_deadlock_is_proved_beside_what_is_frozen(url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=60)
+        scope = PoolScope(engine)
+        meet = asyncio.Barrier(2)
+
+        async def nested() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                await meet.wait()
+                await price_of(engine)
+
+        stuck = [asyncio.create_task(nested()) for _ in range(2)]
+        await until(lambda: scope.verdict().cause == "deadlock")
+        await cancelled(*stuck)
         await engine.dispose()
 
     run(main())

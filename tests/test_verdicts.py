@@ -19,7 +19,8 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.util import await_only
 
-from ormscope import PoolScope, Verdict
+from ormscope import PoolScope, Verdict, proof
+from ormscope.loops import watch_of
 from workshop.database import Server
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,37 @@ def test_a_synchronous_wait_on_the_loop_blocks_it(server: Server) -> None:
     engine.dispose()
     assert [verdict.cause for verdict in found] == ["loop blocked"]
     assert found[0].blocked is not None and found[0].blocked.function.endswith("ask")
+
+
+def test_a_look_of_ours_is_no_blocked_loop(server: Server) -> None:
+    """On a busy machine a proof takes long, on the loop as well, and the program has no fault in that."""
+
+    async def main() -> list[Verdict]:
+        engine = create_async_engine(server.url, pool_size=2, max_overflow=0)
+        scope, found = PoolScope(engine), []
+
+        def ask_and_let_go() -> None:
+            found.append(scope.verdict_now())
+            looked.append(watch_of(loop).late(time.perf_counter()))
+            proof._looking.release()
+
+        async def hold() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                await asyncio.Event().wait()
+
+        loop, looked = asyncio.get_running_loop(), []
+        async with crowd(engine, scope, *(asyncio.create_task(hold()) for _ in range(2))):
+            assert proof._looking.acquire(timeout=5)
+            threading.Timer(1, ask_and_let_go).start()
+            loop.call_soon(proof.look_for_users, [])
+            await until(lambda: bool(looked))
+        await engine.dispose()
+        assert looked[0] > 0.5, "the loop was not late"
+        return found
+
+    (verdict,) = run(main())
+    assert verdict.cause != "loop blocked", str(verdict)
 
 
 def test_who_waits_for_a_lock_in_the_server_is_not_called_moving(server: Server) -> None:

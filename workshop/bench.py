@@ -100,17 +100,20 @@ def _observed(url: str) -> float:
     return float(texts[-1])
 
 
-def _detection(url: str) -> float:
-    """Seconds from the moment that the last free connection was taken to the verdict."""
+def _detection(url: str) -> tuple[float, float]:
+    """Seconds to the verdict: since the last holder stood in line, so that there was a deadlock, and since the last
+    free connection was taken, which all holders need to ask for a second.
+    """
     recording = observe(starve, url, live=False)
     verdict, samples = recording.deadlocks[0], recording.pools[0].samples
+    changes = [pair for pair in itertools.pairwise(samples) if pair[1].time <= verdict.at]
+    joined = [after.time for before, after in changes if before.waiting < after.waiting]
     full = [
         after.time
-        for before, after in itertools.pairwise(samples)
+        for before, after in changes
         if before.checked_out < verdict.checked_out == after.checked_out
-        and after.time <= verdict.at
     ]
-    return verdict.at - full[-1]
+    return verdict.at - joined[-1], verdict.at - full[-1]
 
 
 async def _check_out(engine: AsyncEngine, tasks: int) -> tuple[float, float]:
@@ -292,10 +295,12 @@ def main() -> int:
             f"storm: {ratio:.2f} of the bare throughput when observed with live drawing"
             f" (median of {PAIRS} pairs, wanted: at least 0.90; bare {pairs[-1][0]:.0f} requests per second)"
         )
-        delays = [_detection(server.url) for _ in range(DEADLOCKS)]
+        delays, since_full = zip(*(_detection(server.url) for _ in range(DEADLOCKS)), strict=True)
         print(
-            f"deadlock: {statistics.median(delays) * 1000:.0f} ms from the last free connection to the verdict"
-            f" (median of {DEADLOCKS}, longest {max(delays) * 1000:.0f} ms, wanted: a median of at most 50)"
+            f"deadlock: {statistics.median(delays) * 1000:.0f} ms from the last holder who stands in line to the"
+            f" verdict (median of {DEADLOCKS}, longest {max(delays) * 1000:.0f} ms, wanted: a median of at most 50);"
+            f" {statistics.median(since_full) * 1000:.0f} ms from the last free connection, with the workload's own"
+            " queries"
         )
         large = start_server(scale=6)
         try:

@@ -60,7 +60,7 @@ class Settings(BaseModel, frozen=True):
     connect_timeout: float = 3.0
     connect_patience: float = 5.0
 
-    # What the server allows; in its own units. A migration or a report needs others: give it a role of its own.
+    # What the server allows; in its own units. A migration or a report needs others: give it an engine of its own.
     lock_timeout: str = "3s"
     statement_timeout: str = "10s"
     idle_in_transaction_session_timeout: str = "60s"
@@ -117,8 +117,9 @@ def make_engine(settings: Settings) -> AsyncEngine:
 
 
 def server_settings(settings: Settings) -> dict[str, str]:
-    """What is set on the server for each of our connections.
+    """What is set on the server for each of our connections, before any limit of its role.
 
+    `lock_timeout` is for one wait at a time: whoever is second in line for a row waits twice.
     PgBouncer refuses all but the name; there, set the rest for the role: ALTER ROLE shop SET lock_timeout = '3s'.
     """
     name = {"application_name": settings.application_name}

@@ -8,6 +8,8 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from ormscope.lab.forks import preload
+
 
 def load_ipython_extension(shell: Any) -> None:
     """Let a kernel report some errors as they should be; `%load_ext workshop` calls this.
@@ -41,6 +43,7 @@ def load_ipython_extension(shell: Any) -> None:
     # Here rather than within the first run: an import cannot be cut short, and would delay ■ by a second.
     import ormscope.lab.live_picture  # noqa: F401
 
+    preload("workshop.shop")
     shell.set_custom_exc((Exception, BaseExceptionGroup), show)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +13,17 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-_PATIENCE = 10.0  # seconds; long for any answer on this machine
+# uvicorn and httpx import these where they are first needed. That is on the loop, and would count as a stall of it.
+for _module in (
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+    "uvicorn.lifespan.on",
+    "httpcore",
+    "anyio._backends._asyncio",
+):
+    importlib.import_module(_module)
+
+_PATIENCE = 30.0  # seconds; longer than any check or lesson waits for an answer
 
 
 @asynccontextmanager
@@ -22,7 +33,12 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     Answers still open at the end are cut off after a second.
     """
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="critical",
+        timeout_keep_alive=60,  # seconds: so that it is the client who closes first, as httpx does after 5
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())
@@ -34,7 +50,10 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE, limits=limits) as client:
+        # Without `verify=False` it reads the certificates of all authorities, and keeps the loop meanwhile.
+        async with httpx.AsyncClient(
+            base_url=url, timeout=_PATIENCE, limits=limits, verify=False
+        ) as client:
             yield client
     finally:
         server.should_exit = True

@@ -222,7 +222,13 @@ def serve() -> None:
     """Import what each run needs, then be the process of every run that is asked for."""
     import cloudpickle  # noqa: F401
     import psutil  # noqa: F401
+    import sqlalchemy.ext.asyncio
+    import sqlalchemy.orm  # noqa: F401
 
+    import ormscope.lab.sessions
+    import ormscope.lab.storm
+    import ormscope.loop
+    import ormscope.pool  # noqa: F401
     from ormscope.lab.forks import serve_forks
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,6 +8,7 @@ not bear a fork without an exec, and Windows has none.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 CAN_FORK = sys.platform == "linux"
 _FORK, _WAIT = b"fork", b"wait"
-_LONGEST_MESSAGE = 64
+_LONGEST_MESSAGE = 2**16
 _PATH = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 _BOOTSTRAP = (
     f"import sys; sys.path.insert(0, {_PATH!r}); from ormscope.lab import child; child.{{}}()"
@@ -102,8 +103,9 @@ class ForkServer:
 
         Raises OSError where the server has ended.
         """
+        message = " ".join([_FORK.decode(), *_preloaded]).encode()
         with self._lock:
-            socket.send_fds(self._channel, [_FORK], streams)
+            socket.send_fds(self._channel, [message], streams)
             return self._answer()
 
     def wait(self, pid: int) -> int:
@@ -151,6 +153,18 @@ def spawned() -> Process:
     return cast(Process, process)  # the streams are there, since they are pipes
 
 
+_preloaded: dict[str, None] = {}
+
+
+def preload(module: str) -> None:
+    """Let the server import a module before it forks the next run, so that no run has to.
+
+    Only what neither starts a thread nor makes an engine when it is imported: a fork has no threads but one, and
+    watches the engines that are made in it.
+    """
+    _preloaded[module] = None
+
+
 _server: ForkServer | None = None
 _server_lock = threading.Lock()
 
@@ -171,10 +185,13 @@ def serve_forks() -> None:
         message, streams, _, _ = socket.recv_fds(channel, _LONGEST_MESSAGE, 3)
         if not message:
             os._exit(0)
-        if message != _FORK:
+        if not message.startswith(_FORK):
             _, status = os.waitpid(int(message.removeprefix(_WAIT)), 0)
             channel.send(str(status).encode())
             continue
+        for module in message.decode().split()[1:]:
+            with contextlib.suppress(Exception):  # the run imports it again, and says what is wrong
+                importlib.import_module(module)
         pid = os.fork()
         if pid == 0:
             channel.close()

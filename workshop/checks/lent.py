@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
+import psutil
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ormscope.lab import Recording
 from workshop.shop import AuditEntry, Order, OrderLine
 
-# In seconds; longer than a right answer has to wait, also where the machine is busy.
-POOL_TIMEOUT = 3.0
+POOL_TIMEOUT = 3.0  # seconds; longer than a right answer has to wait
+_SAMPLE = range(
+    200_000
+)  # to count so far takes so many seconds where the limits of the checks were set:
+_SAMPLE_SECONDS = 0.012
+_SLOWEST = 4
+
+
+def slowness() -> int:
+    """How many times as long everything takes on this machine now, slow or busy as it is; 1 to 4.
+
+    A limit in seconds that tells right from wrong on one machine would refuse what is right on another.
+    """
+    began = time.perf_counter()
+    for _ in _SAMPLE:
+        pass
+    slow = round((time.perf_counter() - began) / _SAMPLE_SECONDS)
+    busy = int(
+        psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
+    )  # of what would run, on each core
+    return min(max(slow, busy, 1), _SLOWEST)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what a load runs: the database's URL, and the seconds after which it is cancelled."""
+    """Under what a load runs: the database's URL, when it is cancelled, and how slow the machine is (see above)."""
 
     url: str
     load_seconds: float
+    slowness: int = 1
 
     def engine(self, capacity: int, name: str = "shop", **settings: str) -> AsyncEngine:
         """An engine as the exercises lend it; `settings` are the server's, for its connections."""
@@ -28,7 +50,7 @@ class Conditions:
             self.url,
             pool_size=capacity,
             max_overflow=0,
-            pool_timeout=POOL_TIMEOUT,
+            pool_timeout=POOL_TIMEOUT * self.slowness,
             pool_logging_name=name,
             connect_args={"server_settings": settings},
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import textwrap
 from collections import Counter
@@ -12,15 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from ormscope.lab import Recording, observe
+from ormscope.lab.forks import preload
 from ormscope.lab.observe import UnsendableError
 from ormscope.lab.run import Curve
 from ormscope.lab.storm import Request
 from workshop import exercises, progress
 from workshop.checks.answer import as_given, is_attempted, unfit
 from workshop.checks.catalogue import Finding
-from workshop.checks.lent import Conditions
+from workshop.checks.lent import Conditions, slowness
 from workshop.checks.memory import MemoryBudget
 from workshop.checks.rules import POOL_TIMEOUT_ERROR, Noted, Rule, never_awaited
+from workshop.checks.tracebacks import MOST_LINES, own_part, told
 from workshop.checks.unheard import listening
 from workshop.database import database_url
 from workshop.mistake import Mistake
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
 
 LOAD_SECONDS = 6.0  # a load that lasts longer is cancelled; a right answer needs a tenth of it
 _FUSE_SECONDS = 2.0  # more, for what blocks the event loop, so that the load cannot end itself
-_MOST_LINES_SHOWN = 12
 _MOST_PLACES = 3  # of those where a load stood
 _WIDTH = 88  # columns; JupyterLab breaks longer lines within a word
-_WORKSHOP = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
-_NOT_OWN = re.compile(rf"{re.escape(_WORKSHOP)}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/")
-_CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 Kind = Literal["not attempted", "right", "wrong", "raised", "stopped"]
 
@@ -66,7 +63,8 @@ class Task(Generic[Noted]):
     of the work besides, for runs in which all calls came to a good end. `proof` is what a run of a right answer
     has shown, and `plot` draws the code as it was given beside it. `memory` ends a run that takes too much.
 
-    A check never raises, and ends within seconds whatever the function does: `load_seconds` after a load began.
+    A check never raises, and ends within seconds whatever the function does: `load_seconds` after a load began,
+    and later only where the machine is slow.
     """
 
     def __init__(
@@ -101,6 +99,7 @@ class Task(Generic[Noted]):
         self._memory = memory
         self._hints_shown = 0
         self._lines_printed = 0
+        preload(load.__module__)
 
     def __repr__(self) -> str:
         return f"the check of {self.name}; call it with your {self.function}"
@@ -112,9 +111,8 @@ class Task(Generic[Noted]):
         if outcome.run is not None:
             from IPython.display import display
 
-            before = self._run(
-                as_given(self.exercise, self.function, answer), "as given", **self._trials[0]
-            )
+            given = as_given(self.exercise, self.function, answer)
+            before = self._run(given, "as given", self._conditions(), **self._trials[0])
             display(self._plot(before, outcome.run))
         progress.note(self.exercise, self.name, outcome.kind)
 
@@ -156,9 +154,10 @@ class Task(Generic[Noted]):
 
     def _try(self, answer: Any) -> Outcome:
         runs: list[Recording] = []
+        conditions = self._conditions()
         for trial in self._trials:
             try:
-                run = self._run(answer, "yours", on_print=self._show, **trial)
+                run = self._run(answer, "yours", conditions, on_print=self._show, **trial)
             except UnsendableError as error:
                 culprit = error.culprit or f"something in {self.function}"
                 return Outcome(
@@ -167,7 +166,7 @@ class Task(Generic[Noted]):
                     f"make it within {self.function}.",
                 )
             except BaseException as error:  # what it raises there is raised here, also SystemExit
-                return Outcome("raised", _told(error))
+                return Outcome("raised", told(error))
             if run.ended == "interrupted":
                 return Outcome("stopped", "You stopped the check; nothing was judged.")
             if (outcome := self._judged(run)) is not None:
@@ -181,19 +180,23 @@ class Task(Generic[Noted]):
     def _show(self, line: str) -> None:
         """Show what the learner's function prints, as far as anybody reads it: it is called many times."""
         self._lines_printed += 1
-        if self._lines_printed <= _MOST_LINES_SHOWN:
+        if self._lines_printed <= MOST_LINES:
             print(line, end="")
-        elif self._lines_printed == _MOST_LINES_SHOWN + 1:
-            print(f"... (only the first {_MOST_LINES_SHOWN} printed lines are shown)")
+        elif self._lines_printed == MOST_LINES + 1:
+            print(f"... (only the first {MOST_LINES} printed lines are shown)")
 
-    def _run(self, answer: Any, title: str, **trial: Any) -> Recording:
+    def _conditions(self) -> Conditions:
+        how_slow = slowness()
+        return Conditions(database_url(), self.load_seconds * how_slow, how_slow)
+
+    def _run(self, answer: Any, title: str, conditions: Conditions, **trial: Any) -> Recording:
         return observe(
             _load_quietly,
             self._load,
             answer,
-            Conditions(database_url(), self.load_seconds),
+            conditions,
             title=title,
-            fuse=self.load_seconds + _FUSE_SECONDS,
+            fuse=conditions.load_seconds + _FUSE_SECONDS,
             memory_limit=self._memory.container if self._memory is not None else None,
             curves=self._curves,
             live=False,
@@ -202,10 +205,10 @@ class Task(Generic[Noted]):
 
     def _at_the_end(self, run: Recording, has_noted: bool) -> str:
         """How far a load was that has not ended, and where it stood."""
-        seconds = self.load_seconds if has_noted else run.fuse
+        seconds = run.fuse - has_noted * _FUSE_SECONDS
         said = f"After {seconds:g} s, {len(run.requests)} of {run.announced} calls had ended"
         printed = ""
-        if self._lines_printed > _MOST_LINES_SHOWN:
+        if self._lines_printed > MOST_LINES:
             printed = f" It had printed {self._lines_printed:,} lines, which takes time."
         if not has_noted:
             seen = [verdict for pool in run.pools for verdict in (*pool.troubles, pool.last)]
@@ -228,7 +231,7 @@ class Task(Generic[Noted]):
         if has_noted and (outcome := _wrong(_first(rules, run))) is not None:
             return outcome
         if has_noted and run.result.unheard.raised:
-            return Outcome("raised", f"in a task of yours:\n{_own(run.result.unheard.raised)}")
+            return Outcome("raised", f"in a task of yours:\n{own_part(run.result.unheard.raised)}")
         failed = [request for request in run.requests if request.outcome != "ok"]
         if failed:
             return Outcome("raised", _failed(run, failed))
@@ -243,7 +246,7 @@ class Task(Generic[Noted]):
 def _failed(run: Recording, failed: Sequence[Request]) -> str:
     """Which calls failed, and how the first; one that was refused a connection may have failed because of another."""
     first = min(failed, key=lambda request: request.outcome == POOL_TIMEOUT_ERROR)
-    text = f"{len(failed)} of {run.announced} calls\n{_own(first.error)}"
+    text = f"{len(failed)} of {run.announced} calls\n{own_part(first.error)}"
     if first.outcome != POOL_TIMEOUT_ERROR or run.ended == "fuse" or run.result.crowd is None:
         return text
     crowd = run.result.crowd
@@ -273,27 +276,3 @@ def _first(rules: Sequence[Rule[Noted]], run: Recording) -> Finding | None:
 
 def _wrong(finding: Finding | None) -> Outcome | None:
     return Outcome("wrong", str(finding), finding.misconception) if finding is not None else None
-
-
-def _told(error: BaseException) -> str:
-    """The learner's own traceback of an exception that `observe` raised."""
-    render = getattr(error, "_render_traceback_", None)
-    return _own("\n".join(render()) if render else f"{type(error).__name__}: {error}")
-
-
-def _own(report: str) -> str:
-    """The last exception of a traceback, without frames of the checks or of libraries, shortened where it is long."""
-    lines: list[str] = []
-    skipping = False
-    for line in report.splitlines():
-        if line.startswith(_CHAINED):
-            lines.clear()
-            continue
-        is_frame = line.lstrip().startswith("File ")
-        skipping = bool(_NOT_OWN.search(line)) if is_frame else skipping and line.startswith("    ")
-        if not skipping:
-            lines.append(line)
-    lines = "\n".join(lines).strip().splitlines()
-    if len(lines) > _MOST_LINES_SHOWN:
-        lines = [*lines[: _MOST_LINES_SHOWN // 2], "  ...", *lines[-_MOST_LINES_SHOWN // 2 :]]
-    return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,14 +17,22 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ormscope import Verdict
 from workshop.checks.evidence import Evidence
+from workshop.checks.lent import own_households
+from workshop.checks.unpooled import of_this_process
 
 SIZE = 5
 SKU = 1082185
-PATIENCE = 3.5  # seconds, until a customer counts as one without an answer
-PATIENCE_AT_LOCKS = 2.0  # the same where a lock is in the way
+_PATIENCE = 3.5  # seconds, until a customer counts as one without an answer
+_PATIENCE_AT_LOCKS = 2.0  # the same where a lock is in the way
 _ANSWERS = (DBAPIError, PoolTimeoutError, TimeoutError)  # for whoever wants what is locked
 _OK, _ERROR = 200, 500
 _CALL = "x-call"
+_GOODBYE = 0.5  # seconds, in which a connection that was closed is gone from the server's list
+_ORDERS = """
+    SELECT household_id, status, array_agg((sku, quantity, unit_price)::text) AS lines
+    FROM orders JOIN order_lines ON order_id = orders.id
+    WHERE household_id = ANY ($1::int[]) GROUP BY orders.id
+"""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +50,7 @@ class Service(Evidence):
     its pool at which somebody had waited for a second.
     """
 
+    slowness: int = 1
     returned: str = ""
     orders: int = 0
     payments: int = 0
@@ -56,6 +66,16 @@ class Service(Evidence):
     blocked: int = 0
     left: int = 0
     in_line: Verdict | None = None
+
+    @property
+    def patience(self) -> float:
+        """After how many seconds a customer counts as one without an answer."""
+        return _PATIENCE * self.slowness
+
+    @property
+    def patience_at_locks(self) -> float:
+        """The same where a lock is in the way."""
+        return _PATIENCE_AT_LOCKS * self.slowness
 
 
 class Watched:
@@ -110,7 +130,7 @@ class Customers:
         self._seen = seen
         self._calls = 0
 
-    async def post(self, path: str, patience: float = PATIENCE) -> httpx.Response | None:
+    async def _post(self, path: str, patience: float) -> httpx.Response | None:
         """The answer, or None where there is none in time; raises what the service has raised."""
         self._calls += 1
         call = self._calls
@@ -123,18 +143,19 @@ class Customers:
             raise self._watched.errors[call]
         return answer
 
-    async def order(self, household: int, patience: float = PATIENCE) -> Any:
+    async def order(self, household: int, patience: float | None = None) -> Any:
         """Order one thing; the number, or None where the customer was not served."""
-        return self._noted(await self.post(f"/orders?household={household}&sku={SKU}", patience))
+        path = f"/orders?household={household}&sku={SKU}"
+        return self._noted(await self._post(path, patience or self._seen.patience))
 
     async def pay(self, number: Any) -> None:
         """Pay an order that nobody has locked."""
-        self._noted(await self.post(f"/orders/{number}/pay"))
+        self._noted(await self._post(f"/orders/{number}/pay", self._seen.patience))
 
     async def pay_locked(self, number: int) -> bool:
         """Pay an order that somebody else has locked; whether there was no answer in time. An error is one."""
         with suppress(*_ANSWERS):
-            return await self.post(f"/orders/{number}/pay", PATIENCE_AT_LOCKS) is None
+            return await self._post(f"/orders/{number}/pay", self._seen.patience_at_locks) is None
         return False
 
     def _noted(self, answer: httpx.Response | None) -> Any:
@@ -145,3 +166,34 @@ class Customers:
         else:
             return answer.json()
         return None
+
+
+async def note_orders(others: asyncpg.Pool, seen: Service) -> None:
+    """What is in the database, when the service has ended."""
+    price = await others.fetchval("SELECT unit_price FROM products WHERE sku = $1", SKU)
+    found = await others.fetch(_ORDERS, [*own_households()[: seen.orders]])
+    times = Counter(row["household_id"] for row in found)
+    good = [row for row in found if row["lines"] == [f"({SKU},1,{price})"]]
+    seen.missing = seen.orders - len(times)
+    seen.wrong = seen.orders - sum(times[row["household_id"]] == 1 for row in good)
+    seen.unpaid = seen.payments - sum(row["status"] == "paid" for row in found)
+
+
+async def connections_left(others: asyncpg.Pool) -> int:
+    """The connections that this process still has in the server's list."""
+    until = time.monotonic() + _GOODBYE
+    async with others.acquire() as connection:
+        while left := await of_this_process(connection):
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(0.02)
+        return left
+
+
+async def forget_customers(others: asyncpg.Pool) -> None:
+    customers = own_households()
+    ours = "household_id BETWEEN $1 AND $2"
+    ends = customers[0], customers[-1]
+    lines = f"DELETE FROM order_lines USING orders WHERE order_id = orders.id AND {ours}"
+    await others.execute(lines, *ends)
+    await others.execute(f"DELETE FROM orders WHERE {ours}", *ends)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +15,18 @@ from sqlalchemy import Connection, Engine, event
 
 from ormscope import PoolScope
 from ormscope.lab import Recording, storm
+from ormscope.lab.run import PoolCurve
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import THE_CHECK, evidence
 from workshop.checks.lent import Conditions, connections, own_households
 from workshop.checks.production_settings.crowd import (
-    PATIENCE,
-    PATIENCE_AT_LOCKS,
     SIZE,
-    SKU,
     Customers,
     Service,
     Watched,
+    connections_left,
+    forget_customers,
+    note_orders,
 )
 from workshop.checks.rules import (
     engine_per_call,
@@ -35,7 +35,7 @@ from workshop.checks.rules import (
     who_holds_and_waits,
 )
 from workshop.checks.task import Task
-from workshop.checks.unpooled import of_the_check, of_this_process
+from workshop.checks.unpooled import of_the_check
 from workshop.service import serving
 
 if TYPE_CHECKING:
@@ -44,12 +44,6 @@ if TYPE_CHECKING:
 _AFTER_THEM = 0.1  # seconds, until those who have come first have what they wait with
 _SUSPICIOUS = 1.0  # seconds in line, after which it is asked who holds and who waits
 _LOAD_SECONDS = 8.0  # of which a right answer needs two
-_GOODBYE = 0.5  # seconds, in which a connection that was closed is gone from the server's list
-_ORDERS = """
-    SELECT household_id, status, array_agg((sku, quantity, unit_price)::text) AS lines
-    FROM orders JOIN order_lines ON order_id = orders.id
-    WHERE household_id = ANY ($1::int[]) GROUP BY orders.id
-"""
 
 
 async def serve(
@@ -61,7 +55,10 @@ async def serve(
     bystanders: int,
 ) -> Service:
     """So many customers at once, some of whom pay then; payers of locked orders, with bystanders; and the end."""
-    seen, made = Service(orders=orders, payments=payments, bystanders=bystanders), list[Any]()
+    made = list[Any]()
+    seen = Service(
+        slowness=conditions.slowness, orders=orders, payments=payments, bystanders=bystanders
+    )
 
     async def start(number: int) -> None:
         made.append(shop(conditions.url))
@@ -75,10 +72,10 @@ async def serve(
             try:
                 async with serving(watched) as browser:  # type: ignore[arg-type]  # it is an app
                     await _visit(Customers(browser, watched, seen), others, seen)
-                seen.left = await _left(others)
-                await _count(others, seen)
+                seen.left = await connections_left(others)
+                await note_orders(others, seen)
             finally:
-                await _forget(others)
+                await forget_customers(others)
     vars(seen).update(vars(noted))
     return seen
 
@@ -148,7 +145,7 @@ async def _meet_a_colleague(customers: Customers, others: asyncpg.Pool, seen: Se
         if number >= seen.payers:
             await asyncio.sleep(_AFTER_THEM)
             household = own_households()[first + number]
-            is_served = await customers.order(household, PATIENCE_AT_LOCKS) is not None
+            is_served = await customers.order(household, seen.patience_at_locks) is not None
             seen.blocked += not is_served
         else:
             is_stuck = await customers.pay_locked(locked[number])
@@ -157,37 +154,6 @@ async def _meet_a_colleague(customers: Customers, others: asyncpg.Pool, seen: Se
     async with others.acquire() as colleague, colleague.transaction():
         await colleague.execute("SELECT FROM orders WHERE id = ANY ($1::int[]) FOR UPDATE", locked)
         await storm(visit, seen.payers + seen.bystanders)
-
-
-async def _count(others: asyncpg.Pool, seen: Service) -> None:
-    """What is in the database, when the service has ended."""
-    price = await others.fetchval("SELECT unit_price FROM products WHERE sku = $1", SKU)
-    found = await others.fetch(_ORDERS, [*own_households()[: seen.orders]])
-    times = Counter(row["household_id"] for row in found)
-    good = [row for row in found if row["lines"] == [f"({SKU},1,{price})"]]
-    seen.missing = seen.orders - len(times)
-    seen.wrong = seen.orders - sum(times[row["household_id"]] == 1 for row in good)
-    seen.unpaid = seen.payments - sum(row["status"] == "paid" for row in found)
-
-
-async def _left(others: asyncpg.Pool) -> int:
-    """The connections that this process still has in the server's list."""
-    until = time.monotonic() + _GOODBYE
-    async with others.acquire() as connection:
-        while left := await of_this_process(connection):
-            if time.monotonic() > until:
-                break
-            await asyncio.sleep(0.02)
-        return left
-
-
-async def _forget(others: asyncpg.Pool) -> None:
-    customers = own_households()
-    ours = "household_id BETWEEN $1 AND $2"
-    ends = customers[0], customers[-1]
-    lines = f"DELETE FROM order_lines USING orders WHERE order_id = orders.id AND {ours}"
-    await others.execute(lines, *ends)
-    await others.execute(f"DELETE FROM orders WHERE {ours}", *ends)
 
 
 def too_many(run: Recording, seen: Service) -> Iterator[Finding]:
@@ -204,7 +170,7 @@ def holds_and_waits(run: Recording, seen: Service) -> Iterator[Finding]:
     """Customers who hold a connection and stand in line for another, so that nobody is served."""
     stuck = [each for each in seen.in_line.holding if each.waits] if seen.in_line else []
     if seen.in_line and stuck and seen.unanswered:
-        told = f"{seen.unanswered} of {seen.orders} customers at once had no answer after {PATIENCE:g} s"
+        told = f"{seen.unanswered} of {seen.orders} customers at once had no answer after {seen.patience:g} s"
         yield Finding("holds-and-waits", f"{told}: {who_holds_and_waits(seen.in_line, stuck)}")
 
 
@@ -214,8 +180,8 @@ def waits_with_the_pool(run: Recording, seen: Service) -> Iterator[Finding]:
         yield Finding(
             "a-lock-is-no-line",
             f"A colleague had locked {seen.payers} orders, and as many customers wanted to pay them. After"
-            f" {PATIENCE_AT_LOCKS:g} s {seen.stuck} of them still waited. Of {seen.bystanders} who came after them and"
-            f" wanted something else, {seen.blocked} were not served.",
+            f" {seen.patience_at_locks:g} s {seen.stuck} of them still waited. Of {seen.bystanders} who came after"
+            f" them and wanted something else, {seen.blocked} were not served.",
         )
 
 
@@ -242,7 +208,7 @@ def demands(run: Recording, seen: Service) -> Iterator[Finding]:
         yield Finding("not-what-was-asked", told)
         return
     if seen.unanswered:
-        told = f"{seen.unanswered} customers had no answer after {PATIENCE:g} s."
+        told = f"{seen.unanswered} customers had no answer after {seen.patience:g} s."
         yield Finding("never-ends", told)
     for status, count in seen.refused.items():
         told = f"{count} customers got the status {status}; the task wants all of them served."
@@ -272,8 +238,22 @@ def prove(run: Recording, seen: Service) -> str:
 
 
 def plot_requests(before: Recording, after: Recording) -> Picture:
-    """Both runs without their pools: as it is given, the service has one for each session."""
-    return replace(before, pools=[]).plot(replace(after, pools=[]))
+    """Both runs, with all pools of each as one: as it is given, the service has a pool for each session."""
+    return _with_one_pool(before).plot(_with_one_pool(after))
+
+
+def _with_one_pool(run: Recording) -> Recording:
+    """The run with the connections and those in line of all its pools added up."""
+    every = [(sample, number) for number, pool in enumerate(run.pools) for sample in pool.samples]
+    now, samples = {}, []
+    for sample, number in sorted(every, key=lambda one: one[0].time):
+        now[number] = sample
+        out = sum(one.checked_out for one in now.values())
+        waiting = sum(one.waiting for one in now.values())
+        samples.append(sample._replace(checked_out=out, waiting=waiting))
+    (capacity, *others) = [pool.capacity for pool in run.pools] or [None]
+    every_pool = PoolCurve("all pools", None if others else capacity, samples)
+    return replace(run, pools=[every_pool], curves=("connections", "requests"))
 
 
 serve_a_crowd: Task[Service] = Task(

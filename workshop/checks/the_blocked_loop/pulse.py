@@ -44,8 +44,8 @@ class Beats:
     `stood_still` is how many seconds the loop stood still within the learner's code, and `places` counts where. `waits`
     counts what it was seen to stand still for: the "pool", a "thread", a call "in a greenlet", or a "call" of the
     task's own. `longest_work` is the longest time that the loop's thread worked in one step of the loop, in seconds of
-    its own: while the machine is busy with others, it does not work. `steps` is how many steps it took, and `threads`
-    the most threads at once, beyond those at the beginning.
+    its own: while the machine is busy with others, it does not work. `steps` is how many steps it took without the
+    beats, and `threads` the most threads at once, beyond those at the beginning.
     """
 
     stood_still: float = 0.0
@@ -94,6 +94,7 @@ class Pulse:
         self.noted.longest_work = max(self.noted.longest_work, time.thread_time() - self._began)
 
     def _beat(self) -> None:
+        self.noted.steps -= 1  # this one
         self._count()
         self._handle = self._loop.call_later(_BEAT_SECONDS, self._beat)
 

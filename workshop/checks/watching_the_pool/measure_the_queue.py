@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
@@ -15,22 +14,24 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ormscope.lab import Recording
-from workshop.checks.answer import replace_names
 from workshop.checks.catalogue import Finding
 from workshop.checks.evidence import evidence
 from workshop.checks.lent import Conditions
 from workshop.checks.rules import changes_the_pool
 from workshop.checks.task import Task
-from workshop.checks.unheard import is_learners
 from workshop.checks.unpooled import Unpooled, backends, connects_past_the_pools
-from workshop.checks.watching_the_pool.moments import deadlocked, take_a_connection, until
+from workshop.checks.watching_the_pool.moments import (
+    deadlocked,
+    set_clocks_apart,
+    take_a_connection,
+    until,
+)
 from workshop.checks.watching_the_pool.scrapes import NUMBERS, TOLERANCE, GaveUpError, Look, Scraped
 
 if TYPE_CHECKING:
     from ormscope.lab.picture import Picture
 
 _APART_SECONDS = 0.15  # between the first and the others in line
-_APART_CLOCKS = 1e6  # seconds between the zeros of two clocks
 _NO_AGE = 60.0  # seconds; nobody here waits for so long, or since before the beginning
 _AXES = {"checked_out": "checked out", "waiting": "waiting", "oldest_wait": "oldest wait, s"}
 
@@ -62,7 +63,7 @@ async def scrape_a_day(
         pool_timeout=None,
         pool_logging_name="shop",
     )
-    _set_clocks_apart(metrics)
+    set_clocks_apart(metrics)
     other = create_async_engine(conditions.url, poolclass=NullPool, pool_logging_name="nightly job")
     async with backends(conditions) as server:
         shop, nightly = Scraped(metrics, engine, server), Scraped(metrics, other, server)
@@ -77,18 +78,6 @@ async def scrape_a_day(
                 await _night(nightly)
     looks = shop.looks + nightly.looks
     return Day(**vars(noted), backends=server, looks=looks, odd=shop.odd)
-
-
-def _set_clocks_apart(answer: Callable[..., Any]) -> None:
-    """Let the learner's code see other clocks with other zeros, as on Windows; on Linux two are that of `since`."""
-    monotonic = time.monotonic
-
-    def apart() -> float:
-        is_theirs = is_learners(sys._getframe(1).f_code.co_filename)
-        return monotonic() + is_theirs * _APART_CLOCKS
-
-    time.monotonic = asyncio.get_running_loop().time = apart  # type: ignore[method-assign]
-    replace_names(answer, monotonic, apart)
 
 
 async def _day(shop: Scraped, queue: int) -> None:

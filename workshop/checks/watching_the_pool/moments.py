@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ormscope import PoolScope
+from workshop.checks.answer import replace_names
+from workshop.checks.unheard import is_learners
 
 _POLL_SECONDS = 0.001
+_APART_CLOCKS = 1e6  # seconds between the zeros of two clocks
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -59,3 +64,15 @@ MOMENTS = {
     "NullPool": "of an engine with a NullPool",
 }
 """The moments of a day, in the words that the learner reads."""
+
+
+def set_clocks_apart(answer: Callable[..., Any]) -> None:
+    """Let the learner's code see other clocks with other zeros, as on Windows; on Linux two are that of `since`."""
+    monotonic = time.monotonic
+
+    def apart() -> float:
+        is_theirs = is_learners(sys._getframe(1).f_code.co_filename)
+        return monotonic() + is_theirs * _APART_CLOCKS
+
+    time.monotonic = asyncio.get_running_loop().time = apart  # type: ignore[method-assign]
+    replace_names(answer, monotonic, apart)
