@@ -13,7 +13,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy.engine import Connection, ExecutionContext
@@ -99,11 +99,18 @@ def pool_below(pool: Pool) -> Any:
     """
     creator = pool._creator
     cells = getattr(creator, "__closure__", None) or ()
-    for function in (creator, *(cell.cell_contents for cell in cells)):
+    for function in (creator, *map(_content_of, cells)):
         found = getattr(function, "__self__", None)
-        if callable(getattr(found, "get_stats", None)):
+        if any(kind.__module__.startswith("psycopg_pool.") for kind in type(found).__mro__):
             return found
     return None
+
+
+def _content_of(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that nothing was assigned to yet
+        return None
 
 
 def idle_records(pool: Pool) -> list[ConnectionPoolEntry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import subprocess
@@ -15,11 +16,17 @@ import psutil
 import pymysql
 import pytest
 from environments import ROOT
+from helpers import PATIENCE, run
 from leftovers import GONE_WITHIN, await_that
 from nbformat import NotebookNode
 from nbval_gate import WITHOUT_MYSQL, _expect_what_runs_here
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from ormscope import PoolScope
 from workshop import mariadb, postgres
+from workshop.doctor import check_mysql, rehearse
 from workshop.mariadb import MariaDB, mysql_url
 from workshop.mistake import Mistake
 from workshop.stacks import mysql_arguments
@@ -99,6 +106,56 @@ def test_it_ends_with_who_asked_for_it(ending: str) -> None:
         assert await_that(
             lambda: not running.is_running() and not any(Path(folder).iterdir()), 3 * GONE_WITHIN
         )
+
+
+@needs_mariadb
+@pytest.mark.parametrize("driver", ["aiomysql", "asyncmy"])
+def test_a_pool_scope_sees_a_pool_of_mysql(started: MariaDB, driver: str) -> None:
+    """As it does on PostgreSQL: who has one connection and waits for another is in a deadlock, and proved to be."""
+
+    async def main() -> None:
+        address = make_url(started.url).set(drivername=f"mysql+{driver}")
+        engine = create_async_engine(address, pool_size=1, max_overflow=0)
+        scope = PoolScope(engine)
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            assert scope.verdict().cause == "healthy"
+
+        async def nested() -> None:
+            async with engine.connect(), engine.connect():
+                pass
+
+        task = asyncio.create_task(nested())
+        async with asyncio.timeout(PATIENCE):
+            await scope.deadlock()
+        assert scope.verdict().cause == "deadlock"
+        task.cancel()
+        await asyncio.wait([task])
+        await engine.dispose()
+
+    run(main())
+
+
+@needs_mariadb
+@pytest.mark.parametrize("here", [True, False])
+def test_the_doctor_says_whether_there_is_one(
+    started: MariaDB, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mariadb, "programs", lambda: None)
+    monkeypatch.setattr(mariadb, "_private", None)
+    monkeypatch.setenv("MYSQL_URL", started.url if here else "")
+    told = check_mysql()
+    assert told.endswith("for lesson 09" if here else "install mariadb-server")
+
+
+@needs_mariadb
+def test_the_doctor_says_who_does_not_let_us_in(
+    started: MariaDB, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = make_url(started.url).set(password="wrong")
+    monkeypatch.setenv("MYSQL_URL", address.render_as_string(hide_password=False))
+    assert not rehearse(["mysql"])
+    assert "does not let us in (1045)" in capsys.readouterr().out
 
 
 def test_without_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psycopg
 import pytest
 from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -508,6 +509,32 @@ def test_a_pool_below_is_asked_who_waits(server: Server, waiting: int) -> None:
             await engine.dispose()
 
     run(main())
+
+
+def test_a_creator_that_names_no_pool_is_no_pool_below(server: Server) -> None:
+    """Also not where a variable of it is assigned later, or where something else has statistics."""
+
+    class Driver:
+        def get_stats(self) -> str:
+            return "not ours to ask"
+
+        def connect(self) -> object:
+            return psycopg.connect(server.url.replace("+asyncpg", ""))
+
+    driver = Driver()
+
+    def creator() -> object:
+        return driver.connect() if driver else later
+
+    engine = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=creator)
+    scope = PoolScope(engine)
+    with engine.connect() as connection:
+        connection.execute(SELECT)
+        assert (scope.verdict().cause, scope.verdict().below) == ("healthy", "")
+    assert not scope.failure
+    bound = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=driver.connect)
+    assert PoolScope(bound).verdict().below == ""
+    later = None
 
 
 def test_a_pool_below_a_synchronous_engine(server: Server) -> None:

@@ -48,8 +48,10 @@ def sqlalchemy(driver: str) -> Callable[[str, int], AbstractAsyncContextManager[
     @asynccontextmanager
     async def opened(url: str, size: int) -> AsyncIterator[Pool]:
         engine = _engine(driver, url, size)
-        yield _pool_of(engine)
-        await engine.dispose()
+        try:
+            yield _pool_of(engine)
+        finally:
+            await engine.dispose()  # a file's threads would keep the process
 
     return opened
 

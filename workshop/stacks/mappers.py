@@ -22,6 +22,7 @@ def _nothing() -> Mapping[str, float]:
 async def tortoise(url: str, size: int) -> AsyncIterator[None]:
     """Tortoise ORM with the models of `tortoise_shop`, on PostgreSQL, MySQL or SQLite, to the end of the block."""
     from tortoise import Tortoise
+    from tortoise.connection import get_connections
 
     if "://" not in url:
         address = f"sqlite://{url}"
@@ -33,9 +34,16 @@ async def tortoise(url: str, size: int) -> AsyncIterator[None]:
             .update_query_dict({"minsize": str(size), "maxsize": str(size)})
             .render_as_string(hide_password=False)
         )
-    # Closed when the process ends: to close it here would mean to wait ten seconds for each slot that was lost.
     await Tortoise.init(db_url=address, modules={"models": [_MODELS]})
-    yield
+    try:
+        yield
+    finally:
+        # Where a slot was lost, to close the pool would mean to wait for it, for ten seconds. A file has no pool, and
+        # a thread of its own: it has to be closed, or the process does not end.
+        for connection in get_connections().all():
+            if pool := getattr(connection, "_pool", None):
+                pool.terminate()
+        await Tortoise.close_connections()
 
 
 @asynccontextmanager
