@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 
 import pytest
-from helpers import run
+from environments import ROOT
+from helpers import PATIENCE, run
 
 from workshop import mariadb, stacks
 from workshop.database import Server
 from workshop.stacks import STACKS, Stack
+from workshop.stacks.picture import Seen, side_by_side
 from workshop.strikes import strike
 from workshop.time_lapse import time_lapse
 
@@ -100,3 +104,35 @@ def test_each_stack_opens_asks_and_reads(stack: Stack, server: Server) -> None:
             await products.aclose()
 
     run(main())
+
+
+PROGRAM = """
+import asyncio
+from workshop import stacks
+
+async def main():
+    async with stacks.tortoise(stacks.sqlite_shop(), 1):
+        from workshop.tortoise_shop import Product
+        assert await Product.all().count()
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_ends_that_has_used_tortoise_on_a_file() -> None:
+    """Its connection has a thread that would keep the process, were it not closed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=PATIENCE)
+
+
+def test_the_picture_tells_in_words_what_it_shows() -> None:
+    storms = {
+        "one, patient": Seen([(0.0, 0, 0), (1.0, 2, 6), (40.0, 2, 6)], 0),
+        "another": Seen([(0.0, 0, 5), (1.0, 2, 3), (2.0, 0, 0)], 5),
+    }
+    picture = side_by_side(storms, 6)
+    assert picture.alternative.splitlines() == [
+        "one, patient: at most 6 wait at once; 6 still wait after 40 s, and 2 have a connection; 0 of 6 are served.",
+        "another: at most 5 wait at once; nobody waits any more after 1 s; 5 of 6 are served.",
+    ]
+    assert picture.png().startswith(b"\x89PNG")
