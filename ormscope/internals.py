@@ -13,7 +13,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy.engine import Connection, ExecutionContext
@@ -90,6 +90,27 @@ def handle_of(record: ConnectionPoolEntry) -> PoolProxiedConnection | None:
 def creator_of(pool: Pool) -> Any:
     """What opens the connections of a pool."""
     return pool._creator
+
+
+def pool_below(pool: Pool) -> Any:
+    """The pool of psycopg_pool from which a pool takes its connections, as by `async_creator=pool.getconn`.
+
+    None where the connections come from a driver, or from a function that does not say from where.
+    """
+    creator = pool._creator
+    cells = getattr(creator, "__closure__", None) or ()
+    for function in (creator, *map(_content_of, cells)):
+        found = getattr(function, "__self__", None)
+        if any(kind.__module__.startswith("psycopg_pool.") for kind in type(found).__mro__):
+            return found
+    return None
+
+
+def _content_of(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that nothing was assigned to yet
+        return None
 
 
 def idle_records(pool: Pool) -> list[ConnectionPoolEntry]:

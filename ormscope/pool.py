@@ -378,8 +378,10 @@ class PoolScope:
         ]
         error = self._connect_error(now, bool(queue))
         held: Counter[str] = Counter(holder.owner for holder in holding if holder.waits is not None)
-        found = self.proof
+        found, below = self.proof, internals.pool_below(pool)
         return Snapshot(
+            below="" if below is None else f"{type(below).__name__} {below.name!r}",
+            below_waiting=0 if below is None else below.get_stats().get("requests_waiting", 0),
             pool=self.name,
             at=now,
             capacity=self.capacity,

@@ -84,7 +84,8 @@ class Snapshot:
     seconds and `failed` failed; `cancelled` whether that was by a cancellation. `connecting` are attempts in progress,
     `unseen` the connections that were out before anybody looked, `replaced` those who hold or wait in pools that
     `dispose()` has replaced. `tasks` compete for the pool, of which one holds up to `depth` - 1 connections and asks
-    for another. `failure` is why the instrument has stepped aside, `lacking` what it cannot see here;
+    for another. `failure` is why the instrument has stepped aside, `lacking` what it cannot see here.
+    `below` is a pool of psycopg_pool from which the connections come, and `below_waiting` how many wait there;
     `database` is SQLAlchemy's name for its kind.
     """
 
@@ -117,6 +118,8 @@ class Snapshot:
     depth: int = 1
     failure: str = ""
     lacking: str = ""
+    below: str = ""
+    below_waiting: int = 0
     database: str = "postgresql"
 
     @property
@@ -170,7 +173,7 @@ def _cause(pool: Snapshot) -> Cause:
         return "connects failing"
     if waiting and (pool.unseen or pool.still or 2 * _idle(pool) > len(pool.holding)):
         return "unknown"
-    if waiting and _all_ask(pool):
+    if pool.below_waiting or (waiting and _all_ask(pool)):
         return "unknown"
     return "saturated" if waiting else "healthy"
 
@@ -493,6 +496,12 @@ def _unknown_report(verdict: Verdict) -> list[str]:
             f"who reaches it through {kept}."
         )
         fix = _smallest_fix(verdict, stuck, sorted(others))
+    elif verdict.below_waiting and not verdict.waiting:
+        why = (
+            f"{verdict.below_waiting} wait in the pool below, {verdict.below}, which only counts them: whether they"
+            " are ever served is not seen here."
+        )
+        fix = "give each piece of work one connection; while you look for it, a shorter timeout in the pool below"
     elif verdict.database != "postgresql":
         why = "Nothing has come back for seconds. A slow statement, or a lock?"
         statements = Counter(holder.last_sql for holder in verdict.holding if holder.last_sql)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psycopg
 import pytest
 from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -479,6 +481,71 @@ def test_pools_without_a_limit_never_wait(url: str) -> None:
             await engine.dispose()
 
     run(main())
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 3])
+def test_a_pool_below_is_asked_who_waits(server: Server, waiting: int) -> None:
+    """Over psycopg_pool nobody waits in SQLAlchemy's pool; it is not healthy for that."""
+
+    async def main() -> None:
+        plain = server.url.replace("+asyncpg", "")
+        options = {"min_size": 1, "max_size": 1, "close_returns": True, "open": False}
+        async with AsyncConnectionPool(plain, name="below", **options) as pool:
+            engine = create_async_engine(
+                "postgresql+psycopg://", poolclass=NullPool, async_creator=pool.getconn
+            )
+            scope = PoolScope(engine)
+            async with engine.connect() as connection:
+                await connection.execute(SELECT)
+                tasks = [asyncio.create_task(price_of(engine)) for _ in range(waiting)]
+                await until(lambda: pool.get_stats()["requests_waiting"] == waiting)
+                verdict = scope.verdict()
+                assert verdict.below_waiting == waiting
+                assert verdict.cause == ("unknown" if waiting else "healthy")
+                told = f"{waiting} wait in the pool below, AsyncConnectionPool 'below'"
+                assert (told in str(verdict)) is bool(waiting)
+            await asyncio.gather(*tasks)
+            assert scope.verdict().cause == "healthy"
+            await engine.dispose()
+
+    run(main())
+
+
+def test_a_creator_that_names_no_pool_is_no_pool_below(server: Server) -> None:
+    """Also not where a variable of it is assigned later, or where something else has statistics."""
+
+    class Driver:
+        def get_stats(self) -> str:
+            return "not ours to ask"
+
+        def connect(self) -> object:
+            return psycopg.connect(server.url.replace("+asyncpg", ""))
+
+    driver = Driver()
+
+    def creator() -> object:
+        return driver.connect() if driver else later
+
+    engine = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=creator)
+    scope = PoolScope(engine)
+    with engine.connect() as connection:
+        connection.execute(SELECT)
+        assert (scope.verdict().cause, scope.verdict().below) == ("healthy", "")
+    assert not scope.failure
+    bound = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=driver.connect)
+    assert PoolScope(bound).verdict().below == ""
+    later = None
+
+
+def test_a_pool_below_a_synchronous_engine(server: Server) -> None:
+    plain = server.url.replace("+asyncpg", "")
+    with ConnectionPool(plain, min_size=1, max_size=1, close_returns=True, open=True) as pool:
+        engine = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=pool.getconn)
+        scope = PoolScope(engine)
+        with engine.connect() as connection:
+            connection.execute(SELECT)
+            assert scope.verdict().below.startswith("ConnectionPool ")
+        assert scope.verdict().cause == "healthy"
 
 
 @pytest.mark.parametrize("threads, deadlocks", [(3, False), (4, True)])

@@ -83,6 +83,32 @@ def check_server() -> str:
     return f"{describe()}, with {products:,} products"
 
 
+def check_mysql() -> str:
+    """A MySQL server for lesson 09, which needs none: where there is none, its cells say so."""
+    from workshop import mariadb
+    from workshop.stacks import mysql_arguments
+
+    url = mariadb.mysql_url()
+    if url is None:
+        return (
+            "no MariaDB here, and MYSQL_URL names no server: lesson 09 goes on without its part on MySQL, which can be"
+            " read in the stored lesson; to run it, install mariadb-server"
+        )
+    import pymysql
+
+    arguments = mysql_arguments(url)
+    try:
+        connection = pymysql.connect(database=arguments.pop("db"), **arguments)
+    except pymysql.err.OperationalError as error:
+        raise Mistake(
+            f"MYSQL_URL names a server that does not let us in ({error.args[0]}). Unset it, or see whether it runs."
+        ) from None
+    with connection, connection.cursor() as cursor:
+        cursor.execute("SELECT VERSION()")
+        (version,) = cursor.fetchone() or ("?",)
+    return f"{version}, for lesson 09"
+
+
 async def _starve(url: str) -> None:
     from sqlalchemy import select
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -164,6 +190,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "python": check_python,
     "packages": check_lock,
     "database": check_server,
+    "mysql": check_mysql,
     "starvation": check_starvation,
     "memory reading": check_memory_reading,
     "picture": check_picture,

@@ -6,9 +6,8 @@ import os
 import re
 
 MOST_LINES = 12
-_NOT_OWN = re.compile(
-    rf"{re.escape(os.path.dirname(__file__))}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/"
-)
+_WORKSHOP = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_NOT_OWN = re.compile(rf"{re.escape(_WORKSHOP)}|[/\\](site|dist)-packages[/\\]|lib/sqlalchemy/")
 _CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 
 
@@ -19,7 +18,7 @@ def told(error: BaseException) -> str:
 
 
 def own_part(report: str) -> str:
-    """The last exception of a traceback, without frames of the checks or of libraries, shortened where it is long."""
+    """The last exception of a traceback, without frames of the workshop or of libraries, shortened where it is long."""
     lines: list[str] = []
     skipping = False
     for line in report.splitlines():
