@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ from ormscope.lab import Recording
 from workshop.shop import AuditEntry, Order, OrderLine
 
 POOL_TIMEOUT = 3.0  # seconds; longer than a right answer has to wait
-_SAMPLE = range(
-    200_000
-)  # to count so far takes so many seconds where the limits of the checks were set:
+# To count so far takes so many seconds where the limits of the checks were set.
+_SAMPLE = range(200_000)
 _SAMPLE_SECONDS = 0.012
 _SLOWEST = 4
 
@@ -30,9 +30,7 @@ def slowness() -> int:
     for _ in _SAMPLE:
         pass
     slow = round((time.perf_counter() - began) / _SAMPLE_SECONDS)
-    busy = int(
-        psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
-    )  # of what would run, on each core
+    busy = math.ceil(psutil.getloadavg()[0] / (psutil.cpu_count() or 1))  # would run, on each core
     return min(max(slow, busy, 1), _SLOWEST)
 
 
