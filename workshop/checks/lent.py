@@ -30,7 +30,8 @@ def slowness() -> int:
     for _ in _SAMPLE:
         pass
     slow = round((time.perf_counter() - began) / _SAMPLE_SECONDS)
-    busy = math.ceil(psutil.getloadavg()[0] / (psutil.cpu_count() or 1))  # would run, on each core
+    load, _, _ = psutil.getloadavg()
+    busy: int = math.ceil(load / (psutil.cpu_count() or 1))  # would run, on each core
     return min(max(slow, busy, 1), _SLOWEST)
 
 

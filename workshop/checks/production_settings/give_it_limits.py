@@ -33,7 +33,6 @@ def demands(run: Recording, seen: Day) -> Iterator[Finding]:
         told = f"make_engine(url) returned no AsyncEngine but {seen.returned}."
         yield Finding("not-what-was-asked", told)
         return
-    yield from _of_quick_statements(seen)
     yield from _of_the_pool(seen)
     yield from _of_the_server(seen)
     if lost := sum(wait.end == "lost" for wait in seen.customers):
@@ -55,8 +54,11 @@ def demands(run: Recording, seen: Day) -> Iterator[Finding]:
         )
 
 
-def _of_quick_statements(seen: Day) -> Iterator[Finding]:
-    """What the server ends though it is quick: also what the driver asks when it opens a connection."""
+def ends_what_is_quick(run: Recording, seen: Day) -> Iterator[Finding]:
+    """What the server ends though it is quick: also what the driver asks when it opens a connection.
+
+    So the call may fail with whatever the driver makes of that.
+    """
     quick = [*seen.customers, *(wait for wait in seen.in_line if wait.end == CANCELED)]
     ended = sum(wait.end == CANCELED for wait in quick)
     tiny = {limit for limits in seen.first_limits for limit in limits if _TINY.fullmatch(limit)}
@@ -179,7 +181,7 @@ give_it_limits: Task[Day] = Task(
     "make_engine",
     load=use_for_a_day,
     trials=({"crowd": 12, "customers": 20},),
-    rules=(),
+    rules=(ends_what_is_quick,),
     demands=(demands,),
     proof=prove,
     load_seconds=LOAD_SECONDS,
