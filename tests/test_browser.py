@@ -169,7 +169,7 @@ class JupyterLab:
     def stop(self) -> None:
         """End it as a closed terminal or `kill` does; it ends its kernels."""
         self.process.terminate()
-        self.process.wait(timeout=90)  # a kernel may just be starting
+        self.process.wait(timeout=30)
 
 
 @pytest.fixture

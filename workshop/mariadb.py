@@ -177,6 +177,6 @@ with tempfile.TemporaryDirectory(prefix="workshop-mariadb-", dir=".") as name:
         )
         while running.poll() is None and not ended.wait(0.1):
             pass
-        running.kill()  # its farewell may take seconds, and nobody wants its data
+        running.kill()  # asked to leave just after its start, it may never do so; nobody wants its data
         running.wait()
 """
