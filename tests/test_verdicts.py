@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers import PATIENCE, SELECT, cancelled, price_of, run, until
 from leftovers import await_that
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import await_only
@@ -379,17 +379,22 @@ REGISTRIES = {
 in_a_registry = pytest.mark.parametrize("scopefunc", REGISTRIES.values(), ids=REGISTRIES)
 
 
+def two_threads(
+    server: Server, scopefunc: Callable[[], int] | None
+) -> tuple[Engine, PoolScope, scoped_session[Session], threading.Barrier]:
+    """A pool for two threads, whose sessions a registry keeps apart, and where they meet."""
+    url = server.url.replace("asyncpg", "psycopg")
+    engine = create_engine(url, pool_size=2, max_overflow=0, pool_timeout=PATIENCE)
+    sessions = scoped_session(sessionmaker(engine), scopefunc)
+    return engine, PoolScope(engine), sessions, threading.Barrier(2)
+
+
 @in_a_registry
 def test_all_ask_but_a_registry_has_their_sessions(
     scopefunc: Callable[[], int] | None, server: Server
 ) -> None:
     """Another thread could give one back by way of the registry, so nothing is proved; nor is the pool called busy."""
-    engine = create_engine(
-        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=PATIENCE
-    )
-    scope = PoolScope(engine)
-    sessions = scoped_session(sessionmaker(engine), scopefunc)
-    together = threading.Barrier(2)
+    engine, scope, sessions, together = two_threads(server, scopefunc)
     theirs: list[
         weakref.ref[Session]
     ] = []  # else this function could give one back by its variable
@@ -424,12 +429,7 @@ def test_whoever_has_the_registry_is_not_who_holds_the_connection(
     scopefunc: Callable[[], int] | None, server: Server
 ) -> None:
     """Threads without work hold the connections; this function only has the registry in a variable."""
-    engine = create_engine(
-        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=PATIENCE
-    )
-    scope = PoolScope(engine)
-    sessions = scoped_session(sessionmaker(engine), scopefunc)
-    together = threading.Barrier(2)
+    engine, scope, sessions, together = two_threads(server, scopefunc)
 
     def forget() -> None:
         sessions.execute(SELECT)

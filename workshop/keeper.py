@@ -6,10 +6,12 @@ pipe closes, and the keeper ends what it keeps.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,22 @@ class Keeper:
         )
         self._owner = os.getpid()
         _running.add(self)
+
+    def tell(self, request: dict[str, Any]) -> None:
+        """Hand the program what it is to do, as a line of JSON."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def listens(self, port: int, seconds: float) -> bool:
+        """Whether what the program has started listens on a port of this machine within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return True
+            time.sleep(0.02)
+        return False
 
     def stop(self) -> None:
         """Tell it that it is over, and wait until it has cleaned up. In a forked child this does nothing."""

@@ -7,14 +7,11 @@ and goes with whoever asked for it, however that one ends.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import secrets
 import shutil
-import socket
 import sys
 import threading
-import time
 from typing import Self
 
 from sqlalchemy.engine import URL, make_url
@@ -96,26 +93,15 @@ class MariaDB:
         account = postgres.unprivileged_account()  # it refuses to run as root, too
         self._keeper = Keeper(_KEEPER, cwd=postgres.place_for(account))
         try:
-            stdin = self._keeper.process.stdin
-            assert stdin is not None
             who = None if account is None else (account.uid, account.gid)
             request = {"programs": found, "port": port, "password": password, "account": who}
-            stdin.write(json.dumps(request).encode() + b"\n")
-            stdin.flush()
-            self._await_ready(port)
+            self._keeper.tell(request)
+            # It listens when its tables are made and the user is known.
+            if not self._keeper.listens(port, _START_SECONDS):
+                raise Mistake("MariaDB did not start. Run `mariadbd --version` to see why.")
         except BaseException:
             self.close()
             raise
-
-    def _await_ready(self, port: int) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while self._keeper.process.poll() is None and time.monotonic() < deadline:
-            with socket.socket() as probe:
-                # It listens when its tables are made and the user is known.
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.02)
-        raise Mistake("MariaDB did not start. Run `mariadbd --version` to see why.")
 
     def close(self) -> None:
         """End it, and wait until it and its folder are gone."""

@@ -6,12 +6,9 @@ one ends.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import socket
 import subprocess
-import time
 from typing import Self
 
 from sqlalchemy.engine import make_url
@@ -64,25 +61,14 @@ class PgBouncer:
         account = postgres.unprivileged_account()  # it refuses to run as root, too
         self._keeper = Keeper(_KEEPER, cwd=postgres.place_for(account))
         try:
-            stdin = self._keeper.process.stdin
-            assert stdin is not None
             who = None if account is None else (account.uid, account.gid)
             request = {"program": found, "ini": "\n".join(lines), "account": who}
-            stdin.write(json.dumps(request).encode() + b"\n")
-            stdin.flush()
-            self._await_ready(port)
+            self._keeper.tell(request)
+            if not self._keeper.listens(port, _START_SECONDS):
+                raise Mistake("PgBouncer did not start. Run `pgbouncer --version` to see why.")
         except BaseException:
             self.close()
             raise
-
-    def _await_ready(self, port: int) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while self._keeper.process.poll() is None and time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.02)
-        raise Mistake("PgBouncer did not start. Run `pgbouncer --version` to see why.")
 
     def close(self) -> None:
         """End it, and wait until it and its folder are gone."""
