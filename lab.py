@@ -12,12 +12,13 @@ python3 lab.py matrix [options]         test the instruments on each Python, SQL
 python3 lab.py test [pytest options]    run everything that CI runs; with --quick, what a learner needs
 python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place, store their outputs
 python3 lab.py new exercise NN name     for maintainers: write the files of a new exercise
+python3 lab.py bundle [SYSTEM ...]      pack the kit with its packages, for a room without network
 python3 lab.py remove                   take away what the kit keeps outside of this folder
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
 it is on PATH, else with the locked uv, fetched by pip. Where a company inspects TLS, they go on
-with the system's certificates. Where there is no network, wheels can come from a folder:
-UV_OFFLINE=1 UV_FIND_LINKS=folder python3 lab.py
+with the system's certificates. Where the folder wheels stands beside this file, as in what bundle
+makes, packages come from there and no network is asked.
 """
 # Python 3.6 must be able to parse this file: an old Python shall say that it is old, in one line.
 
@@ -37,6 +38,7 @@ from pathlib import Path
 OLDEST, NEWEST = (3, 11), (3, 14)
 ROOT = Path(__file__).resolve().parent
 LOCK = ROOT / "requirements.lock"
+WHEELS = ROOT / "wheels"  # in a bundle: all the packages
 VENV = ROOT / ".venv"
 OLD_VENV = ROOT / ".venv.old"  # what a new one replaces, for a moment
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -57,6 +59,7 @@ COMMANDS = {
     "progress": ["workshop.progress"],
     "reset": ["workshop.copies"],
     "new": ["workshop.new"],
+    "bundle": ["workshop.bundle"],
 }
 # What uv or pip say of a certificate that none of those they trust has signed, as where a company
 # inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since
@@ -79,6 +82,13 @@ FAILURES = {
     ),
     r"Hash mismatch|HASHES|have a hash|Invalid hash|parse requirement|no version of|not found": (
         "requirements.lock does not match the packages; try git checkout requirements.lock"
+    ),
+}
+# The same where packages come from the folder wheels.
+FAILURES_OF_WHEELS = {
+    r"no version of|No matching distribution|Hash mismatch|HASHES|disabled": (
+        "the folder wheels has no package for this system and Python {}.{};"
+        " take the bundle of your system, or a Python that it is for".format(*sys.version_info)
     ),
 }
 
@@ -205,7 +215,8 @@ def install():
             f"cannot write .venv: {error}; close what uses it, or work in a copy of this folder"
         ) from error
     try:
-        print("Setting up .venv; the first time, this downloads about 215 MB.", flush=True)
+        source = "from the folder wheels" if WHEELS.is_dir() else "which downloads about 215 MB"
+        print(f"Setting up .venv, {source}.", flush=True)
         install_packages(uv)
         add_checkout()
         INSTALLED.write_text(fingerprint())
@@ -222,6 +233,8 @@ def install_packages(uv):
     if locked_uv is None:
         raise Trouble("requirements.lock lacks packages; try git checkout requirements.lock")
     environ = dict(os.environ)
+    if WHEELS.is_dir():  # relative to this folder, whose name may have a space
+        environ.update({"UV_OFFLINE": "1", "UV_FIND_LINKS": "wheels"})
     if uv:
         watch([python, "-m", "venv", "--without-pip", str(VENV)], environ)
         installer = [uv]
@@ -300,7 +313,8 @@ def watch(command, environ):
         environ.update({**SYSTEM_CERTIFICATES, **environ})
         watch(command, environ)
         return
-    for pattern, advice in FAILURES.items():
+    failures = {**FAILURES_OF_WHEELS, **FAILURES} if WHEELS.is_dir() else FAILURES
+    for pattern, advice in failures.items():
         for line in lines:
             if re.search(pattern, line):
                 reasons = [other for other in lines if re.match("cause:|Caused by:|hint:", other)]

