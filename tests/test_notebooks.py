@@ -7,7 +7,6 @@ what needs no run, and shows that both can fail.
 from __future__ import annotations
 
 import ast
-import math
 import os
 import random
 import re
@@ -27,6 +26,7 @@ import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 from leftovers import assert_nothing_is_left, await_that, runs_of
+from lesson_minutes import minutes
 from matplotlib.figure import Figure
 from nbformat import NotebookNode
 from sanitizing import masked
@@ -44,10 +44,6 @@ NOTEBOOKS = [
 ]
 
 LONGEST_CELL = 30  # lines
-MINUTES_OF_RUNS = 1.5  # of one lesson, at most; on two cores they take 10 to 80 seconds
-MINUTES_ON_CALL = (
-    35  # where a lesson lets its learner find something by themselves: the tag on-call
-)
 ORDERINGS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 # Seconds from an interrupt to the end of the cell: some tenths when idle; the run itself would go on for a minute.
 STOPPED_WITHIN = 5.0
@@ -219,17 +215,6 @@ def test_the_lint_sees(complaint: str, spoil: Callable[[NotebookNode], object]) 
     spoil(second)
     (found,) = complaints(notebook)
     assert complaint in found
-
-
-def minutes(cells: list[NotebookNode]) -> int:
-    """How long a lesson takes: its words at 200 a minute, its predictions, and the runs; rounded up to five minutes.
-
-    What a learner finds by themselves comes on top.
-    """
-    on_call = MINUTES_ON_CALL * any("on-call" in tags(cell) for cell in cells)
-    text = " ".join(re.sub(r"\]\([^)]*\)", "]", cell.source) for cell in cells)
-    predictions = text.count("**Predict.**")
-    return on_call + 5 * math.ceil((len(text.split()) / 200 + predictions + MINUTES_OF_RUNS) / 5)
 
 
 @each_lesson
