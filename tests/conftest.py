@@ -10,12 +10,26 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from environments import ROOT, run_uv
 
 from workshop.database import Server, start_server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+# As root, and with nothing that would use a network.
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # What it tests came with Python 3.14; it is not a test of what an older one has.
 collect_ignore = [] if hasattr(asyncio, "capture_call_graph") else ["test_call_graph.py"]
@@ -167,3 +181,19 @@ def url(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> str:
     if request.param == "postgresql":
         return server.url
     return f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        reason = "no Chromium on PATH (Debian: apt install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason + "; in CI this must not be skipped")
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright  # not where the instruments are tested alone
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()

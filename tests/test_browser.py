@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import pytest
 from leftovers import assert_nothing_is_left, await_that
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 ROOT = Path(__file__).parents[1]
 LESSON = "01_pool_starvation.ipynb"
@@ -42,16 +42,6 @@ PATIENCE = 60_000  # milliseconds for what has to come, on a busy machine
 WHOLE_LESSON = 240_000  # milliseconds
 # Milliseconds from a click on ■ to the end of the cell: some hundreds when idle; else it would run on for a minute.
 STOPPED_WITHIN = 10_000
-# As root, and with nothing that would use a network.
-CHROMIUM_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # Every cell is drawn, also those that are scrolled out of sight.
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -96,20 +86,6 @@ button => button.addEventListener(
     'click', () => { window.clicked = performance.now(); }, {capture: true}
 )
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        reason = "no Chromium on PATH (Debian: apt install chromium)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason + "; in CI this must not be skipped")
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
 
 
 class JupyterLab:

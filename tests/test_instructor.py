@@ -1,4 +1,7 @@
-"""The guide for instructors: its minutes are those of the notebooks, and the places that it names exist."""
+"""The guide for instructors: its minutes are those of the notebooks, and the places that it names exist.
+
+The handout is two pages, with the values of `db.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from lesson_minutes import MINUTES_OF_RUNS, on_call, predicting, reading, up_to_five
+from playwright.sync_api import Browser
+
+from workshop import db
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "instructor" / "README.md").read_text(encoding="utf-8")
@@ -113,3 +119,30 @@ def _title(path: Path) -> str:
 
 def test_three_agendas() -> None:
     assert [total for total, _ in AGENDAS.values()] == [120, 240, 450]
+
+
+HANDOUT = ROOT / "instructor" / "handout.html"
+
+
+@pytest.mark.parametrize("paper", ["A4", "Letter"])
+def test_the_handout_is_two_pages(paper: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(HANDOUT.as_uri())
+    printed = page.pdf(format=paper)
+    page.close()
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 2
+
+
+def test_the_handout_has_the_values_of_the_file() -> None:
+    rows = re.findall(
+        r"<tr><td><code>(\w+)</code></td><td>(.+?)</td>", HANDOUT.read_text(encoding="utf-8")
+    )
+    settings = db.Settings(database_url="postgresql+asyncpg://host/shop")
+    told = {name: value for name, value in rows if name in db.Settings.model_fields}
+    assert len(told) >= 7
+    for name, value in told.items():
+        if name != "application_name":
+            assert value == str(getattr(settings, name)).removesuffix(".0"), name
+    engine = db.make_engine(settings)
+    assert dict(rows)["max_overflow"] == str(engine.pool._max_overflow)
+    assert engine.pool._pre_ping and dict(rows)["pool_pre_ping"] == "on"
