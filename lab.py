@@ -7,6 +7,8 @@ python3 lab.py reset --lesson NN ...    the same for lessons
 python3 lab.py run [NN ...]             run lessons without a browser, into the folder executed
 python3 lab.py doctor                   rehearse: will everything work on this machine?
 python3 lab.py service [SEED]           the service of lesson 10, which breaks under load, in a terminal
+python3 lab.py room [options]           for instructors: which seats have done which task, on a page
+python3 lab.py join ADDRESS NAME        share with such a room which tasks you have done
 python3 lab.py bench                    measure the instruments themselves
 python3 lab.py matrix [options]         test the instruments on each Python, SQLAlchemy and event loop
 python3 lab.py test [pytest options]    run everything that CI runs; with --quick, what a learner needs
@@ -55,6 +57,8 @@ COMMANDS = {
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],
     "service": ["workshop.drill.outside"],
+    "room": ["workshop.room"],
+    "join": ["workshop.join"],
     "bench": ["workshop.bench"],
     "matrix": ["workshop.matrix"],
     "progress": ["workshop.progress"],

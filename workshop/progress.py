@@ -10,6 +10,8 @@ from workshop.exercises import MY_NOTEBOOKS, numbers, task_names
 
 PROGRESS = MY_NOTEBOOKS / "progress.json"
 
+State = dict[str, dict[str, str]]  # for each exercise, each of its tasks: "done", "tried" or "open"
+
 
 def is_done(exercise: str, task: str) -> bool:
     """Whether a check of this task has ever said "right"."""
@@ -29,13 +31,13 @@ def note(exercise: str, task: str, kind: str) -> None:
     os.replace(new, PROGRESS)
 
 
-def state() -> dict[str, dict[str, str]]:
-    """For each exercise, each of its tasks: "done", "tried" or "open"."""
+def state(path: Path | None = None) -> State:
+    """What is done of all tasks: by this learner, or by whoever has the file at `path`."""
     marks = {"right": "done", "wrong": "tried", "raised": "tried"}
-    kinds = _kinds()
+    kinds = _kinds(path)
     return {
         number: {
-            name: marks.get(kinds.get(number, {}).get(name, ""), "open")
+            name: marks.get(str(kinds.get(number, {}).get(name)), "open")
             for name in task_names(number)
         }
         for number in numbers()
@@ -52,14 +54,12 @@ def show() -> None:
     print(f"{marks.count('done')} of {len(marks)} tasks done")
 
 
-def _kinds() -> dict[str, dict[str, str]]:
-    """What came of the tries, by exercise and task."""
+def _kinds(path: Path | None = None) -> dict[str, dict[str, str]]:
+    """What came of the tries, by exercise and task; nothing where the file is none, or not one of ours."""
     try:
-        found: dict[str, dict[str, str]] = json.loads(PROGRESS.read_text(encoding="utf-8"))
+        found = json.loads((path or PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
-
-
-if __name__ == "__main__":
-    show()
+    if not isinstance(found, dict):
+        return {}
+    return {number: kinds for number, kinds in found.items() if isinstance(kinds, dict)}
