@@ -63,3 +63,7 @@ def _kinds(path: Path | None = None) -> dict[str, dict[str, str]]:
     if not isinstance(found, dict):
         return {}
     return {number: kinds for number, kinds in found.items() if isinstance(kinds, dict)}
+
+
+if __name__ == "__main__":
+    show()
