@@ -33,7 +33,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (archive,) = into.glob("*.tar.gz")
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=into, check=True)
     shutil.unpack_archive(archive, into)
-    return into / bundle.NAME
+    return into / bundle.APPLICATION
 
 
 def without_network() -> list[str]:

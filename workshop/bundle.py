@@ -19,22 +19,22 @@ from pathlib import Path
 
 from workshop.matrix import PYTHONS
 from workshop.mistake import Mistake
+from workshop.postgres import APPLICATION
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "sqlalchemy-under-load"
 MACOS = (
     "11.0"  # the oldest that every package still has a wheel for; glibc 2.28 is Debian's of 2019
 )
-_UNIX = """\
+_UNIX = f"""\
 #!/bin/sh
 # Start the kit with a Python that it works with; its packages are in the folder wheels.
 cd "$(dirname "$0")" || exit 1
-for python in python3 python3.14 python3.13 python3.12 python3.11; do
-    if "$python" -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))" 2>/dev/null; then
+for python in python3 {" ".join(f"python{version}" for version in PYTHONS)}; do
+    if "$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] not in {tuple(PYTHONS)})" 2>/dev/null; then
         exec "$python" lab.py "$@"
     fi
 done
-echo "no Python 3.11 to 3.14 found; install one, and start again" >&2
+echo "no Python {PYTHONS[0]} to {PYTHONS[-1]} found; install one, and start again" >&2
 exit 1
 """
 _WINDOWS = """\
@@ -82,7 +82,7 @@ def bundle(name: str, pythons: Sequence[str], into: Path) -> Path:
     """
     platform = PLATFORMS[name]
     with tempfile.TemporaryDirectory() as temporary:
-        kit = Path(temporary, NAME)
+        kit = Path(temporary, APPLICATION)
         for file in _tracked_files():
             target = kit / file
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,8 @@ def bundle(name: str, pythons: Sequence[str], into: Path) -> Path:
         for python in pythons:
             _fetch(platform, python, kit / "wheels")
         into.mkdir(parents=True, exist_ok=True)
-        base = into.resolve() / f"{NAME}-{name}"
-        return Path(shutil.make_archive(str(base), platform.archive, temporary, NAME))
+        base = into.resolve() / f"{APPLICATION}-{name}"
+        return Path(shutil.make_archive(str(base), platform.archive, temporary, APPLICATION))
 
 
 def _tracked_files() -> list[str]:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name} ...", flush=True)
         made = bundle(name, options.python, options.into)
         print(f"{made.stat().st_size / 1e6:6.0f} MB  {made}", flush=True)
-    archives = sorted(options.into.glob(f"{NAME}-*"))
+    archives = sorted(options.into.glob(f"{APPLICATION}-*"))
     lines = [
         f"{hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()}  {path.name}\n"
         for path in archives
