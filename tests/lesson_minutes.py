@@ -10,6 +10,7 @@ from nbformat import NotebookNode
 
 WORDS_PER_MINUTE = 200
 MINUTES_OF_RUNS = 1.5  # of one lesson, at most; on two cores they take 10 to 90 seconds
+A_PREDICTION = re.compile(r"\*\*Predict\.\*\*|^## Predict$", re.MULTILINE)  # a minute each
 MINUTES_ON_CALL = 35  # where learners find something by themselves: the tag on-call
 
 
@@ -24,7 +25,7 @@ def reading(cells: Sequence[NotebookNode]) -> float:
 
 def predicting(cells: Sequence[NotebookNode]) -> int:
     """Minutes to predict: one for each prediction."""
-    return _text(cells).count("**Predict.**")
+    return sum(len(A_PREDICTION.findall(cell.source)) for cell in cells)
 
 
 def on_call(cells: Sequence[NotebookNode]) -> int:

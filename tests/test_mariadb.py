@@ -145,7 +145,7 @@ def test_the_doctor_says_whether_there_is_one(
     monkeypatch.setattr(mariadb, "_private", None)
     monkeypatch.setenv("MYSQL_URL", started.url if here else "")
     told = check_mysql()
-    assert told.endswith("for lesson 09" if here else "install mariadb-server")
+    assert told.endswith("for lesson 11" if here else "install mariadb-server")
 
 
 @needs_mariadb
@@ -193,7 +193,7 @@ def test_without_a_server_the_cells_of_the_lesson_say_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each prints one line, and the gate expects exactly that; it changes no other cell, and none in CI."""
-    lesson = nbformat.read(ROOT / "notebooks" / "09_other_stacks.ipynb", as_version=4)
+    lesson = nbformat.read(ROOT / "notebooks" / "11_other_stacks.ipynb", as_version=4)
     cells = [cell for cell in lesson.cells if "MySQL here:" in cell.source]
     assert len(cells) >= 4
     known = {"MYSQL": None, "QUESTIONS": (), "ON_MYSQL": (), "answers": None}

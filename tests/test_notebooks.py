@@ -26,7 +26,7 @@ import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 from leftovers import assert_nothing_is_left, await_that, runs_of
-from lesson_minutes import minutes
+from lesson_minutes import A_PREDICTION, minutes
 from matplotlib.figure import Figure
 from nbformat import NotebookNode
 from sanitizing import masked
@@ -259,19 +259,18 @@ def comparable(cell: NotebookNode) -> dict[str, Any]:
 
 
 @each_lesson
-def test_each_number_that_is_predicted_is_compared_with_the_one_that_came(path: Path) -> None:
-    """Wherever there is a place to write a number down: the question, the place, and then the two side by side."""
+def test_each_prediction_has_a_place_and_is_compared_with_what_came(path: Path) -> None:
+    """The question, a cell to write the answer down, and then the two side by side."""
     order = ""  # Q: the question, P: the place, S: side by side
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
-            order += "Q" if re.search(r"\*\*Predict\.\*\*|^## Predict$", cell.source, re.M) else ""
+            order += "Q" * len(A_PREDICTION.findall(cell.source))
             continue
         order += "P" if "my_prediction = None" in cell.source else ""
         if 'print("you said", my_prediction)\n' in cell.source:
             assert "it was" in cell.source
             order += "S"
-    assert order.count("P") == order.count("S") > 0
-    assert len(re.findall("QPS", order)) == order.count("P"), order
+    assert order and order == "QPS" * order.count("Q"), order
 
 
 def test_an_exception_group_is_a_failure() -> None:

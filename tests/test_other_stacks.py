@@ -1,4 +1,4 @@
-"""What lesson 09 stands on: the clock that runs fast, the cancellation that comes on demand, and the pools."""
+"""What lesson 11 stands on: the clock that runs fast, the cancellation that comes on demand, and the pools."""
 
 from __future__ import annotations
 

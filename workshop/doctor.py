@@ -84,14 +84,14 @@ def check_server() -> str:
 
 
 def check_mysql() -> str:
-    """A MySQL server for lesson 09, which needs none: where there is none, its cells say so."""
+    """A MySQL server for lesson 11, which needs none: where there is none, its cells say so."""
     from workshop import mariadb
     from workshop.stacks import mysql_arguments
 
     url = mariadb.mysql_url()
     if url is None:
         return (
-            "no MariaDB here, and MYSQL_URL names no server: lesson 09 goes on without its part on MySQL, which can be"
+            "no MariaDB here, and MYSQL_URL names no server: lesson 11 goes on without its part on MySQL, which can be"
             " read in the stored lesson; to run it, install mariadb-server"
         )
     import pymysql
@@ -106,7 +106,7 @@ def check_mysql() -> str:
     with connection, connection.cursor() as cursor:
         cursor.execute("SELECT VERSION()")
         (version,) = cursor.fetchone() or ("?",)
-    return f"{version}, for lesson 09"
+    return f"{version}, for lesson 11"
 
 
 async def _starve(url: str) -> None:

@@ -3,509 +3,521 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from itertools import pairwise
-from statistics import fmean
+import contextlib
 
-import numpy as np
-from sqlalchemy import event, text
-from sqlalchemy.pool import QueuePool
+import asyncpg
+from sqlalchemy import func, select, update
 
 from answers import Answers
-from ormscope import PoolScope
-from ormscope.metrics import PoolCollector
+from answers.exercise_06 import plain_dsn
+from workshop.shop import ExportJob, Sale
 
-# The metrics
-
-
-def numbers(checked_out, waiting, oldest_wait):
-    return {"checked_out": checked_out, "waiting": waiting, "oldest_wait": oldest_wait}
+# The report
 
 
-def age_of(entries):
-    return time.perf_counter() - entries[0].since if entries else 0
+def sold(sku):
+    return select(func.sum(Sale.quantity)).where(Sale.sku == sku)
 
 
-def from_the_scope(engine, scope):
-    def measure():
-        return numbers(scope.checked_out, len(scope.waiters), age_of(scope.waiters))
-
-    return measure
+def sold_by_sku(skus):
+    both = select(Sale.sku, func.sum(Sale.quantity)).where(Sale.sku.in_(skus))
+    return both.group_by(Sale.sku)
 
 
-def from_the_pool_of_now(engine, scope):
-    def measure():
-        pool = engine.pool
-        out = pool.checkedout() if isinstance(pool, QueuePool) else len(scope.holders)
-        now = time.perf_counter()
-        ages = [now - waiter.since for waiter in scope.waiters]
-        return numbers(out, len(ages), max(ages, default=0.0))
-
-    return measure
+async def one_statement(Session, skus):
+    async with Session() as session:
+        return dict((await session.execute(sold_by_sku(skus))).all())
 
 
-def from_events_and_a_verdict(engine, scope):
-    out = set()
-    event.listen(engine.sync_engine, "checkout", lambda _, record, proxy: out.add(record))
-    event.listen(engine.sync_engine, "checkin", lambda _, record: out.discard(record))
-
-    def measure():
-        waiting = scope.verdict().waiting
-        return numbers(len(out), len(waiting), max((waiter.age for waiter in waiting), default=0))
-
-    return measure
+async def one_after_another(Session, skus):
+    async with Session() as session:
+        return {sku: await session.scalar(sold(sku)) for sku in skus}
 
 
-def from_the_collector(engine, scope):
-    collector = PoolCollector(scope)
+async def three_at_once(Session, skus):
+    door = asyncio.Semaphore(3)
 
-    def measure():
-        found = {metric.name: metric.samples for metric in collector.collect()}
-        return {
-            name: found[f"sqlalchemy_pool_{series}"][0].value
-            for name, series in [
-                ("checked_out", "checked_out"),
-                ("waiting", "waiting"),
-                ("oldest_wait", "oldest_wait_seconds"),
-            ]
-        }
+    async def sold_of(sku):
+        async with door, Session() as session:
+            return await session.scalar(sold(sku))
 
-    return measure
+    async with asyncio.TaskGroup() as group:
+        tasks = {sku: group.create_task(sold_of(sku)) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
 
 
-def overflow_waits(engine, scope):
-    return lambda: numbers(
-        engine.pool.checkedout(), max(0, engine.pool.overflow()), age_of(scope.waiters)
+async def gather_in_pairs(Session, skus):
+    """Errors wait until all of a pair have ended, and are raised then."""
+
+    async def sold_of(sku):
+        async with Session() as session:
+            return await session.scalar(sold(sku))
+
+    found = {}
+    for start in range(0, len(skus), 2):
+        pair = skus[start : start + 2]
+        counts = await asyncio.gather(*map(sold_of, pair), return_exceptions=True)
+        for sku, count in zip(pair, counts, strict=True):
+            if isinstance(count, BaseException):
+                raise count
+            found[sku] = count
+    return found
+
+
+async def task_group_on_one_session(Session, skus):
+    async with Session() as session, asyncio.TaskGroup() as group:
+        tasks = {sku: group.create_task(session.scalar(sold(sku))) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
+
+
+async def gather_three(Session, skus):
+    door = asyncio.Semaphore(3)
+
+    async def sold_of(sku):
+        async with door, Session() as session:
+            return await session.scalar(sold(sku))
+
+    counts = await asyncio.gather(*map(sold_of, skus))
+    return dict(zip(skus, counts, strict=True))
+
+
+async def task_group_of_all(Session, skus):
+    async def sold_of(sku):
+        async with Session() as session:
+            return await session.scalar(sold(sku))
+
+    async with asyncio.TaskGroup() as group:
+        tasks = {sku: group.create_task(sold_of(sku)) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
+
+
+async def children_beside_their_parent(Session, skus):
+    async def sold_of(sku):
+        async with Session() as session:
+            return await session.scalar(sold(sku))
+
+    async with Session() as session:
+        await session.scalar(select(1))
+        async with asyncio.TaskGroup() as group:
+            tasks = {sku: group.create_task(sold_of(sku)) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
+
+
+async def exceptions_returned(Session, skus):
+    door = asyncio.Semaphore(3)
+
+    async def sold_of(sku):
+        async with door, Session() as session:
+            return await session.scalar(sold(sku))
+
+    counts = await asyncio.gather(*map(sold_of, skus), return_exceptions=True)
+    return dict(zip(skus, counts, strict=True))
+
+
+async def workers_with_a_queue(Session, skus):
+    queue, found = asyncio.Queue(), {}
+    for sku in skus:
+        queue.put_nowait(sku)
+
+    async def work():
+        async with Session() as session:
+            while not queue.empty():
+                sku = queue.get_nowait()
+                found[sku] = await session.scalar(sold(sku))
+                await session.commit()
+
+    tasks = [asyncio.create_task(work()) for _ in range(3)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+async def one_session_behind_a_lock(Session, skus):
+    """Used by many tasks, and never by two at the same time."""
+    lock = asyncio.Lock()
+    async with Session() as session:
+
+        async def sold_of(sku):
+            async with lock:
+                return await session.scalar(sold(sku))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = {sku: group.create_task(sold_of(sku)) for sku in skus}
+    return {sku: task.result() for sku, task in tasks.items()}
+
+
+async def sold_alone(Session, sku):
+    async with Session() as session:
+        return await session.scalar(sold(sku))
+
+
+async def gather_by_threes(Session, skus):
+    found = {}
+    for start in range(0, len(skus), 3):
+        some = skus[start : start + 3]
+        counts = await asyncio.gather(*(sold_alone(Session, sku) for sku in some))
+        found |= zip(some, counts, strict=True)
+    return found
+
+
+async def cancel_and_do_not_wait(Session, skus):
+    door = asyncio.Semaphore(3)
+
+    async def sold_of(sku):
+        async with door:
+            return await sold_alone(Session, sku)
+
+    tasks = [asyncio.create_task(sold_of(sku)) for sku in skus]
+    try:
+        return dict(zip(skus, await asyncio.gather(*tasks), strict=True))
+    except Exception:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+async def look_for_the_large(Session, skus):
+    if any(sku >= 2**31 for sku in skus):
+        raise ValueError("no such number")
+    return await one_after_another(Session, skus)
+
+
+async def leave_out_the_large(Session, skus):
+    return await one_after_another(Session, [sku for sku in skus if sku < 2**31])
+
+
+async def nothing_sold(Session, skus):
+    found = {}
+    for sku in skus:
+        try:
+            found[sku] = await sold_alone(Session, sku)
+        except Exception:
+            found[sku] = 0
+    return found
+
+
+async def close_when_all_is_well(Session, skus):
+    session = Session()
+    found = {sku: await session.scalar(sold(sku)) for sku in skus}
+    await session.close()
+    return found
+
+
+async def report_past_the_pool(Session, skus):
+    connection = await asyncpg.connect(plain_dsn(Session))
+    try:
+        query = "SELECT sum(quantity) FROM sales WHERE sku = $1"
+        return {sku: await connection.fetchval(query, sku) for sku in skus}
+    finally:
+        await connection.close()
+
+
+async def in_the_order_of_their_end(Session, skus):
+    async with asyncio.TaskGroup() as group:
+        door, counts = asyncio.Semaphore(3), []
+
+        async def count(sku):
+            async with door:
+                counts.append(await sold_alone(Session, sku))
+
+        for sku in reversed(skus):
+            group.create_task(count(sku))
+    return dict(zip(skus, counts, strict=True))
+
+
+async def tasks_instead_of_numbers(Session, skus):
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(one_after_another(Session, skus))
+    return dict.fromkeys(skus, task)
+
+
+async def only_five(Session, skus):
+    return await one_after_another(Session, skus[:5])
+
+
+all_reports = asyncio.Lock()
+
+
+async def one_report_at_a_time(Session, skus):
+    async with all_reports:
+        return await one_after_another(Session, skus)
+
+
+# The workers
+
+
+def next_of(kind):
+    queued = select(ExportJob).where(ExportJob.kind == kind, ExportJob.status == "queued")
+    return queued.order_by(ExportJob.id).limit(1).with_for_update(skip_locked=True)
+
+
+async def let_a_step_pass(Session, kind, export):
+    async with Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+            await session.commit()
+            await asyncio.sleep(0)
+
+
+async def session_for_each_job(Session, kind, export):
+    while True:
+        async with Session() as session:
+            job = await session.scalar(next_of(kind))
+            if job is None:
+                return
+            export(job.id)
+            job.status = "done"
+            await session.commit()
+
+
+async def claim_first(Session, kind, export):
+    number = select(ExportJob.id).where(ExportJob.kind == kind, ExportJob.status == "queued")
+    number = number.order_by(ExportJob.id).limit(1).with_for_update(skip_locked=True)
+    claim = update(ExportJob).where(ExportJob.id == number.scalar_subquery())
+    while True:
+        async with Session.begin() as session:
+            mine = await session.scalar(claim.values(status="running").returning(ExportJob.id))
+        if mine is None:
+            return
+        export(mine)
+        async with Session.begin() as session:
+            done = update(ExportJob).where(ExportJob.id == mine)
+            await session.execute(done.values(status="done"))
+
+
+async def begin_on_the_long_session(Session, kind, export):
+    async with Session() as session:
+        while True:
+            async with session.begin():
+                job = await session.scalar(next_of(kind))
+                if job is None:
+                    return
+                export(job.id)
+                job.status = "done"
+
+
+async def raw_connections_for_jobs(Session, kind, export):
+    found = (
+        "SELECT id FROM export_jobs WHERE kind = $1 AND status = 'queued'"
+        " ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"
     )
-
-
-def longest_so_far(engine, scope):
-    return lambda: numbers(scope.checked_out, len(scope.waiters), scope.longest_wait)
-
-
-def raw_time(engine, scope):
-    def measure():
-        waiters = scope.waiters
-        return numbers(scope.checked_out, len(waiters), waiters[0].since if waiters else 0)
-
-    return measure
-
-
-def age_of_the_holder(engine, scope):
-    return lambda: numbers(scope.checked_out, len(scope.waiters), age_of(scope.holders))
-
-
-def mean_of_those_who_wait(engine, scope):
-    def measure():
-        now = time.perf_counter()
-        ages = [now - waiter.since for waiter in scope.waiters]
-        return numbers(scope.checked_out, len(ages), fmean(ages) if ages else 0)
-
-    return measure
-
-
-def is_it_alive(engine, scope):
-    loop = asyncio.get_running_loop()
-
-    async def ask():
-        async with engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
-
-    def measure():
-        asyncio.run_coroutine_threadsafe(ask(), loop).result(5)
-        return from_the_scope(engine, scope)()
-
-    return measure
-
-
-def handed_to_the_loop(engine, scope):
-    loop, measure = asyncio.get_running_loop(), from_the_scope(engine, scope)
-
-    async def ask():
-        return measure()
-
-    return lambda: asyncio.run_coroutine_threadsafe(ask(), loop).result()
-
-
-def pool_of_the_beginning(engine, scope):
-    checked_out = getattr(engine.pool, "checkedout", lambda: len(scope.holders))
-    return lambda: numbers(checked_out(), len(scope.waiters), age_of(scope.waiters))
-
-
-def counter_of_the_pool(engine, scope):
-    return lambda: numbers(engine.pool.checkedout(), len(scope.waiters), age_of(scope.waiters))
-
-
-class Numbers:
-    def __init__(self, scope):
-        self.scope = scope
-
-    def __call__(self):
-        waiters = self.scope.waiters
-        now = time.perf_counter()
-        oldest = now - min((waiter.since for waiter in waiters), default=now)
-        return numbers(len(self.scope.holders), len(waiters), oldest) | {"capacity": 3}
-
-
-def from_an_object(engine, scope):
-    return Numbers(scope)
-
-
-def now_is_when_it_began(engine, scope):
-    began = time.perf_counter()
-
-    def measure():
-        waiters = scope.waiters
-        return numbers(scope.checked_out, len(waiters), began - waiters[0].since if waiters else 0)
-
-    return measure
-
-
-def in_milliseconds(engine, scope):
-    return lambda: numbers(scope.checked_out, len(scope.waiters), 1_000 * age_of(scope.waiters))
-
-
-def on_the_clock_of_the_loop(engine, scope):
-    def measure():
-        waiters = scope.waiters
-        oldest = time.monotonic() - waiters[0].since if waiters else 0
-        return numbers(scope.checked_out, len(waiters), oldest)
-
-    return measure
-
-
-def whole_seconds(engine, scope):
-    return lambda: numbers(scope.checked_out, len(scope.waiters), int(age_of(scope.waiters)))
-
-
-def nothing_when_nobody_waits(engine, scope):
-    return lambda: numbers(
-        scope.checked_out, len(scope.waiters), age_of(scope.waiters) if scope.waiters else None
-    )
-
-
-def numbers_instead_of_a_function(engine, scope):
-    return from_the_scope(engine, scope)()
-
-
-def who_waits_instead_of_how_many(engine, scope):
-    return lambda: numbers(scope.checked_out, scope.waiters, age_of(scope.waiters))
-
-
-def holders_and_waiters_together(engine, scope):
-    return lambda: numbers(
-        len(scope.holders) + len(scope.waiters), len(scope.waiters), age_of(scope.waiters)
-    )
-
-
-def a_scope_for_each_scrape(engine, scope):
-    def measure():
-        own = PoolScope(engine)
-        found = from_the_scope(engine, own)()
-        own.close()
-        return found
-
-    return measure
-
-
-def closes_the_scope(engine, scope):
-    def measure():
-        found = from_the_scope(engine, scope)()
-        scope.close()
-        return found
-
-    return measure
-
-
-def by_the_time_of_the_loop(engine, scope):
-    loop = asyncio.get_running_loop()
-
-    def measure():
-        waiters = scope.waiters
-        oldest = loop.time() - waiters[0].since if waiters else 0
-        return numbers(scope.checked_out, len(waiters), oldest)
-
-    return measure
-
-
-def disposes_of_the_engine(engine, scope):
-    def measure():
-        found = from_the_scope(engine, scope)()
-        engine.sync_engine.dispose(close=False)
-        return found
-
-    return measure
-
-
-def asks_the_server(engine, scope):
-    def measure():
-        asyncio.run(scope.ask_server())
-        return from_the_scope(engine, scope)()
-
-    return measure
-
-
-def what_it_was_at_first(engine, scope):
-    found = from_the_scope(engine, scope)()
-    return lambda: found
-
-
-# The alert
-
-
-def has_risen(scrapes, counter):
-    """Also from 0, where it has begun anew."""
-    return any(
-        after[counter] > (before[counter] if after[counter] >= before[counter] else 0)
-        for before, after in pairwise(scrapes)
-    )
-
-
-def is_deadlocked(scrape):
-    return scrape["verdict"] == "deadlock"
-
-
-def all_wait(scrapes, bearable):
-    return min(scrape["oldest_wait_seconds"] for scrape in scrapes) > bearable
-
-
-def two_rules(scrapes, bearable):
-    proved = has_risen(scrapes, "deadlocks_total") or is_deadlocked(scrapes[-1])
-    return proved or all_wait(scrapes, bearable)
-
-
-def as_increase_does(scrapes, bearable):
-    counts = [scrape["deadlocks_total"] for scrape in scrapes]
-    rise = sum(after - before if after >= before else after for before, after in pairwise(counts))
-    return bool(rise) or is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
-
-
-def in_a_loop(scrapes, bearable):
-    before, late = scrapes[0], 0
-    for scrape in scrapes:
-        if scrape["checkouts_total"] < before["checkouts_total"]:
-            before = {"deadlocks_total": 0}
-        if scrape["deadlocks_total"] > before["deadlocks_total"]:
-            return True
-        late += scrape["oldest_wait_seconds"] > bearable and scrape["waiting"] > 0
-        before = scrape
-    return late == len(scrapes) or before["verdict"] == "deadlock"
-
-
-def with_numpy(scrapes, bearable):
-    waits = np.array([scrape["oldest_wait_seconds"] for scrape in scrapes])
-    counts = np.array([scrape["deadlocks_total"] for scrape in scrapes])
-    rises = np.diff(counts)
-    rises = np.where(rises < 0, counts[1:], rises)
-    return np.any([is_deadlocked(scrapes[-1]), rises.any(), (waits > bearable).all()])
-
-
-def always(scrapes, bearable):
-    return True
-
-
-def when_full(scrapes, bearable):
-    return all(scrape["checked_out"] == scrape["capacity"] for scrape in scrapes)
-
-
-def when_many_wait(scrapes, bearable):
-    return is_deadlocked(scrapes[-1]) or scrapes[-1]["waiting"] > 6
-
-
-def when_nothing_moves(scrapes, bearable):
-    still = scrapes[0]["checkouts_total"] == scrapes[-1]["checkouts_total"]
-    return (still and all(scrape["waiting"] for scrape in scrapes)) or all_wait(scrapes, bearable)
-
-
-def when_somebody_times_out(scrapes, bearable):
-    return has_risen(scrapes, "timeouts_total") or all_wait(scrapes, bearable)
-
-
-def when_the_last_waits(scrapes, bearable):
-    return two_rules(scrapes, bearable) or scrapes[-1]["oldest_wait_seconds"] > bearable
-
-
-def when_there_was_a_deadlock(scrapes, bearable):
-    return scrapes[-1]["deadlocks_total"] > 0 or all_wait(scrapes, bearable)
-
-
-def when_the_counter_differs(scrapes, bearable):
-    return (
-        scrapes[0]["deadlocks_total"] != scrapes[-1]["deadlocks_total"]
-        or is_deadlocked(scrapes[-1])
-        or all_wait(scrapes, bearable)
-    )
-
-
-def only_deadlocks(scrapes, bearable):
-    return has_risen(scrapes, "deadlocks_total") or is_deadlocked(scrapes[-1])
-
-
-def mean_of_the_served(scrapes, bearable):
-    def mean(before, after):
-        count = after["wait_seconds_count"] - before["wait_seconds_count"]
-        return (after["wait_seconds_sum"] - before["wait_seconds_sum"]) / count if count else 0
-
-    return all(mean(*pair) > bearable for pair in pairwise(scrapes))
-
-
-def only_what_customers_feel(scrapes, bearable):
-    return all_wait(scrapes, bearable)
-
-
-def only_what_the_gauges_see(scrapes, bearable):
-    return any(map(is_deadlocked, scrapes)) or all_wait(scrapes, bearable)
-
-
-def only_the_last_gauge(scrapes, bearable):
-    return is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
-
-
-def between_each_two(scrapes, bearable):
-    return any(
-        after["deadlocks_total"] > before["deadlocks_total"] for before, after in pairwise(scrapes)
-    )
-
-
-def without_a_restart_at_once(scrapes, bearable):
-    proved = between_each_two(scrapes, bearable) or is_deadlocked(scrapes[-1])
-    return proved or all_wait(scrapes, bearable)
-
-
-def last_less_first(scrapes, bearable):
-    first, last = scrapes[0]["deadlocks_total"], scrapes[-1]["deadlocks_total"]
-    new = last - first if last >= first else last
-    return new > 0 or is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
-
-
-def any_deadlock_seen(scrapes, bearable):
-    return two_rules(scrapes, bearable) or any(map(is_deadlocked, scrapes))
-
-
-def only_the_last_step(scrapes, bearable):
-    proved = has_risen(scrapes[-2:], "deadlocks_total") or is_deadlocked(scrapes[-1])
-    return proved or all_wait(scrapes, bearable)
-
-
-def only_the_first_step(scrapes, bearable):
-    for before, after in pairwise(scrapes):
-        if after["deadlocks_total"] > before["deadlocks_total"]:
-            return True
-        return is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
-    return None
-
-
-def first_and_last(scrapes, bearable):
-    return two_rules(scrapes, bearable) or all_wait([scrapes[0], scrapes[-1]], bearable)
-
-
-def as_long_as_they_bear(scrapes, bearable):
-    waits = [scrape["oldest_wait_seconds"] for scrape in scrapes]
-    return two_rules(scrapes, bearable) or min(waits) >= bearable
-
-
-def five_seconds(scrapes, bearable):
-    return two_rules(scrapes, 5)
-
-
-def held_for_too_long(scrapes, bearable):
-    held = min(scrape["oldest_hold_seconds"] for scrape in scrapes)
-    return two_rules(scrapes, bearable) or held > bearable
-
-
-def only_where_nothing_moves(scrapes, bearable):
-    still = scrapes[0]["checkouts_total"] == scrapes[-1]["checkouts_total"]
-    return only_deadlocks(scrapes, bearable) or (still and all_wait(scrapes, bearable))
-
-
-def timeouts_as_well(scrapes, bearable):
-    return two_rules(scrapes, bearable) or has_risen(scrapes, "timeouts_total")
-
-
-known = {"deadlocks": 0}
-
-
-def since_the_last_call(scrapes, bearable):
-    new = scrapes[-1]["deadlocks_total"] > known["deadlocks"]
-    known["deadlocks"] = scrapes[-1]["deadlocks_total"]
-    return new or two_rules(scrapes, bearable)
-
-
-def true_or_nothing(scrapes, bearable):
-    if two_rules(scrapes, bearable):
-        return True
-    return None
-
-
-def why(scrapes, bearable):
-    return "deadlock" if two_rules(scrapes, bearable) else ""
+    while True:
+        async with Session.kw["bind"].connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            async with raw.transaction():
+                number = await raw.fetchval(found, kind)
+                if number is None:
+                    return
+                export(number)
+                await raw.execute("UPDATE export_jobs SET status = 'done' WHERE id = $1", number)
+
+
+async def jobs_of_a_generator(Session, kind, export):
+    async def jobs():
+        while True:
+            async with Session.begin() as session:
+                job = await session.scalar(next_of(kind))
+                if job is None:
+                    return
+                yield job
+
+    async with contextlib.aclosing(jobs()) as some:
+        async for job in some:
+            export(job.id)
+            job.status = "done"
+
+
+async def done_first(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(next_of(kind))
+            if job is None:
+                return
+            number, job.status = job.id, "done"
+        export(number)
+
+
+async def wait_for_the_row(Session, kind, export):
+    queued = next_of(kind).with_for_update()
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(queued)
+            if job is None:
+                return
+            export(job.id)
+            job.status = "done"
+
+
+busy = set()
+
+
+async def the_first_does_all(Session, kind, export):
+    if kind not in busy:
+        busy.add(kind)
+        await session_for_each_job(Session, kind, export)
+
+
+doors = {}
+
+
+async def one_worker_less(Session, kind, export):
+    size = Session.kw["bind"].pool.size()
+    async with doors.setdefault(size, asyncio.Semaphore(size - 1)), Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+            await session.commit()
+
+
+async def finished_instead_of_done(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(next_of(kind))
+            if job is None:
+                return
+            export(job.id)
+            job.status = "finished"
+
+
+async def ten_in_one_commit(Session, kind, export):
+    while True:
+        async with Session.begin() as session:
+            jobs = (await session.scalars(next_of(kind).limit(10))).all()
+            if not jobs:
+                return
+            for job in jobs:
+                export(job.id)
+                job.status = "done"
+
+
+async def one_commit_at_the_end(Session, kind, export):
+    async with Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+        await session.commit()
+
+
+async def flush_each(Session, kind, export):
+    async with Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+            await session.flush()
+
+
+async def pause_a_little(Session, kind, export):
+    async with Session() as session:
+        while job := await session.scalar(next_of(kind)):
+            export(job.id)
+            job.status = "done"
+            await session.commit()
+            await asyncio.sleep(0.005)
+
+
+async def without_a_lock(Session, kind, export):
+    queued = select(ExportJob).where(ExportJob.kind == kind, ExportJob.status == "queued")
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(queued.order_by(ExportJob.id).limit(1))
+            if job is None:
+                return
+            export(job.id)
+            job.status = "done"
+
+
+async def all_kinds(Session, kind, export):
+    queued = select(ExportJob).where(ExportJob.kind.startswith(kind), ExportJob.status == "queued")
+    while True:
+        async with Session.begin() as session:
+            job = await session.scalar(queued.limit(1).with_for_update(skip_locked=True))
+            if job is None:
+                return
+            export(job.id)
+            job.status = "done"
+
+
+async def five_each(Session, kind, export):
+    for _ in range(5):
+        async with Session.begin() as session:
+            job = await session.scalar(next_of(kind))
+            if job is not None:
+                export(job.id)
+                job.status = "done"
+
+
+workers = asyncio.Lock()
+
+
+async def one_worker_at_a_time(Session, kind, export):
+    async with Session() as session:
+        while True:
+            async with workers:
+                job = await session.scalar(next_of(kind))
+                if job is None:
+                    return
+                export(job.id)
+                job.status = "done"
+                await session.commit()
 
 
 ANSWERS = {
-    "measure_the_queue": Answers(
+    "ask_in_parallel": Answers(
         right=[
-            from_the_scope,
-            from_the_pool_of_now,
-            from_events_and_a_verdict,
-            from_the_collector,
-            from_an_object,
+            one_statement,
+            one_after_another,
+            three_at_once,
+            gather_in_pairs,
+            workers_with_a_queue,
+            one_session_behind_a_lock,
         ],
         wrong=[
-            (overflow_waits, "connections-are-no-queue"),
-            (longest_so_far, "history-is-not-now"),
-            (raw_time, "another-clock"),
-            (age_of_the_holder, "hold-is-not-wait"),
-            (mean_of_those_who_wait, "not-the-oldest"),
-            (is_it_alive, "needs-a-connection"),
-            (handed_to_the_loop, "asks-the-loop"),
-            (pool_of_the_beginning, "keeps-the-first-pool"),
-            (counter_of_the_pool, "every-pool-counts"),
-            (asks_the_server, "needs-a-connection"),
-            (now_is_when_it_began, "not-what-was-asked"),
-            (on_the_clock_of_the_loop, "another-clock"),
-            (by_the_time_of_the_loop, "another-clock"),
-            (in_milliseconds, "not-what-was-asked"),
-            (whole_seconds, "not-what-was-asked"),
-            (nothing_when_nobody_waits, "not-what-was-asked"),
-            (numbers_instead_of_a_function, "not-what-was-asked"),
-            (who_waits_instead_of_how_many, "not-what-was-asked"),
-            (holders_and_waiters_together, "not-what-was-asked"),
-            (a_scope_for_each_scrape, "not-what-was-asked"),
-            (closes_the_scope, "not-what-was-asked"),
-            (disposes_of_the_engine, "not-what-was-asked"),
-            (what_it_was_at_first, "not-what-was-asked"),
+            (task_group_on_one_session, "one-session-many-tasks"),
+            (gather_three, "gather-leaves-the-others"),
+            (task_group_of_all, "takes-the-whole-pool"),
+            (children_beside_their_parent, "children-count-too"),
+            (exceptions_returned, "errors-among-results"),
+            (gather_by_threes, "gather-leaves-the-others"),
+            (cancel_and_do_not_wait, "gather-leaves-the-others"),
+            (look_for_the_large, "looks-for-it-itself"),
+            (leave_out_the_large, "looks-for-it-itself"),
+            (nothing_sold, "swallows-the-timeout"),
+            (close_when_all_is_well, "leaves-it-checked-out"),
+            (report_past_the_pool, "another-pool"),
+            (in_the_order_of_their_end, "not-what-was-asked"),
+            (tasks_instead_of_numbers, "not-what-was-asked"),
+            (only_five, "not-what-was-asked"),
+            (one_report_at_a_time, "one-at-a-time"),
         ],
     ),
-    "wake_somebody": Answers(
-        right=[two_rules, as_increase_does, in_a_loop, with_numpy],
+    "let_others_in": Answers(
+        right=[
+            let_a_step_pass,
+            session_for_each_job,
+            claim_first,
+            raw_connections_for_jobs,
+            jobs_of_a_generator,
+        ],
         wrong=[
-            (always, "always-the-same"),
-            (when_full, "full-is-no-fault"),
-            (when_many_wait, "queue-is-no-outage"),
-            (when_nothing_moves, "still-is-not-stuck"),
-            (when_somebody_times_out, "timeout-is-no-deadlock"),
-            (when_the_last_waits, "one-scrape-is-no-outage"),
-            (when_there_was_a_deadlock, "counter-is-no-gauge"),
-            (when_the_counter_differs, "counter-starts-anew"),
-            (only_deadlocks, "only-the-cause"),
-            (mean_of_the_served, "history-is-not-now"),
-            (only_what_customers_feel, "deadlock-needs-no-slack"),
-            (only_what_the_gauges_see, "over-is-over"),
-            (only_the_last_gauge, "between-two-scrapes"),
-            (without_a_restart_at_once, "counter-starts-anew"),
-            (last_less_first, "counter-starts-anew"),
-            (any_deadlock_seen, "over-is-over"),
-            (only_the_last_step, "one-step-for-all"),
-            (only_the_first_step, "one-step-for-all"),
-            (first_and_last, "one-scrape-is-no-outage"),
-            (as_long_as_they_bear, "not-what-was-asked"),
-            (five_seconds, "another-limit"),
-            (held_for_too_long, "hold-is-not-wait"),
-            (only_where_nothing_moves, "moving-is-not-fast"),
-            (timeouts_as_well, "one-scrape-is-no-outage"),
-            (since_the_last_call, "not-what-was-asked"),
-            (true_or_nothing, "not-what-was-asked"),
-            (why, "not-what-was-asked"),
+            (begin_on_the_long_session, "overtakes-the-queue"),
+            (one_commit_at_the_end, "one-transaction-for-all"),
+            (flush_each, "forgets-to-commit"),
+            (pause_a_little, "waits-by-the-clock"),
+            (without_a_lock, "claim-that-races"),
+            (all_kinds, "more-than-asked"),
+            (five_each, "part-of-the-rows"),
+            (one_worker_at_a_time, "one-at-a-time"),
+            (done_first, "done-before-it-is-done"),
+            (wait_for_the_row, "stands-in-the-lock-queue"),
+            (the_first_does_all, "leaves-it-to-the-others"),
+            (one_worker_less, "leaves-it-to-the-others"),
+            (finished_instead_of_done, "not-what-was-asked"),
+            (ten_in_one_commit, "one-transaction-for-all"),
         ],
     ),
 }

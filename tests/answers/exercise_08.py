@@ -2,513 +2,510 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import asyncio
+import time
+from itertools import pairwise
+from statistics import fmean
 
-import asyncpg
-from fastapi import Depends, FastAPI, HTTPException
-from sqlalchemy import event, insert, select, text, update
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.pool import NullPool
+import numpy as np
+from sqlalchemy import event, text
+from sqlalchemy.pool import QueuePool
 
 from answers import Answers
-from workshop import db
-from workshop.shop import Order, OrderLine, Product
+from ormscope import PoolScope
+from ormscope.metrics import PoolCollector
 
-# The engine
-
-SERVER = {"application_name": "shop", "statement_timeout": "1s", "lock_timeout": "500ms"}
-POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 0.5, "pool_pre_ping": True}
+# The metrics
 
 
-def engine_with(url, server=SERVER, driver=(), without=(), **pool):
-    """The settings that the task wants, and what an answer has otherwise."""
-    settings = {name: value for name, value in (POOL | pool).items() if name not in without}
-    server = {name: value for name, value in server.items() if name not in without}
-    return create_async_engine(
-        url, connect_args={"server_settings": server, **dict(driver)}, **settings
+def numbers(checked_out, waiting, oldest_wait):
+    return {"checked_out": checked_out, "waiting": waiting, "oldest_wait": oldest_wait}
+
+
+def age_of(entries):
+    return time.perf_counter() - entries[0].since if entries else 0
+
+
+def from_the_scope(engine, scope):
+    def measure():
+        return numbers(scope.checked_out, len(scope.waiters), age_of(scope.waiters))
+
+    return measure
+
+
+def from_the_pool_of_now(engine, scope):
+    def measure():
+        pool = engine.pool
+        out = pool.checkedout() if isinstance(pool, QueuePool) else len(scope.holders)
+        now = time.perf_counter()
+        ages = [now - waiter.since for waiter in scope.waiters]
+        return numbers(out, len(ages), max(ages, default=0.0))
+
+    return measure
+
+
+def from_events_and_a_verdict(engine, scope):
+    out = set()
+    event.listen(engine.sync_engine, "checkout", lambda _, record, proxy: out.add(record))
+    event.listen(engine.sync_engine, "checkin", lambda _, record: out.discard(record))
+
+    def measure():
+        waiting = scope.verdict().waiting
+        return numbers(len(out), len(waiting), max((waiter.age for waiter in waiting), default=0))
+
+    return measure
+
+
+def from_the_collector(engine, scope):
+    collector = PoolCollector(scope)
+
+    def measure():
+        found = {metric.name: metric.samples for metric in collector.collect()}
+        return {
+            name: found[f"sqlalchemy_pool_{series}"][0].value
+            for name, series in [
+                ("checked_out", "checked_out"),
+                ("waiting", "waiting"),
+                ("oldest_wait", "oldest_wait_seconds"),
+            ]
+        }
+
+    return measure
+
+
+def overflow_waits(engine, scope):
+    return lambda: numbers(
+        engine.pool.checkedout(), max(0, engine.pool.overflow()), age_of(scope.waiters)
     )
 
 
-def said_when_it_connects(url):
-    return engine_with(url)
+def longest_so_far(engine, scope):
+    return lambda: numbers(scope.checked_out, len(scope.waiters), scope.longest_wait)
 
 
-def the_file_to_take_home(url):
-    return db.make_engine(
-        db.Settings(
-            database_url=url,
-            pool_size=5,
-            pool_timeout=0.5,
-            lock_timeout="500ms",
-            statement_timeout="1s",
-        )
+def raw_time(engine, scope):
+    def measure():
+        waiters = scope.waiters
+        return numbers(scope.checked_out, len(waiters), waiters[0].since if waiters else 0)
+
+    return measure
+
+
+def age_of_the_holder(engine, scope):
+    return lambda: numbers(scope.checked_out, len(scope.waiters), age_of(scope.holders))
+
+
+def mean_of_those_who_wait(engine, scope):
+    def measure():
+        now = time.perf_counter()
+        ages = [now - waiter.since for waiter in scope.waiters]
+        return numbers(scope.checked_out, len(ages), fmean(ages) if ages else 0)
+
+    return measure
+
+
+def is_it_alive(engine, scope):
+    loop = asyncio.get_running_loop()
+
+    async def ask():
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    def measure():
+        asyncio.run_coroutine_threadsafe(ask(), loop).result(5)
+        return from_the_scope(engine, scope)()
+
+    return measure
+
+
+def handed_to_the_loop(engine, scope):
+    loop, measure = asyncio.get_running_loop(), from_the_scope(engine, scope)
+
+    async def ask():
+        return measure()
+
+    return lambda: asyncio.run_coroutine_threadsafe(ask(), loop).result()
+
+
+def pool_of_the_beginning(engine, scope):
+    checked_out = getattr(engine.pool, "checkedout", lambda: len(scope.holders))
+    return lambda: numbers(checked_out(), len(scope.waiters), age_of(scope.waiters))
+
+
+def counter_of_the_pool(engine, scope):
+    return lambda: numbers(engine.pool.checkedout(), len(scope.waiters), age_of(scope.waiters))
+
+
+class Numbers:
+    def __init__(self, scope):
+        self.scope = scope
+
+    def __call__(self):
+        waiters = self.scope.waiters
+        now = time.perf_counter()
+        oldest = now - min((waiter.since for waiter in waiters), default=now)
+        return numbers(len(self.scope.holders), len(waiters), oldest) | {"capacity": 3}
+
+
+def from_an_object(engine, scope):
+    return Numbers(scope)
+
+
+def now_is_when_it_began(engine, scope):
+    began = time.perf_counter()
+
+    def measure():
+        waiters = scope.waiters
+        return numbers(scope.checked_out, len(waiters), began - waiters[0].since if waiters else 0)
+
+    return measure
+
+
+def in_milliseconds(engine, scope):
+    return lambda: numbers(scope.checked_out, len(scope.waiters), 1_000 * age_of(scope.waiters))
+
+
+def on_the_clock_of_the_loop(engine, scope):
+    def measure():
+        waiters = scope.waiters
+        oldest = time.monotonic() - waiters[0].since if waiters else 0
+        return numbers(scope.checked_out, len(waiters), oldest)
+
+    return measure
+
+
+def whole_seconds(engine, scope):
+    return lambda: numbers(scope.checked_out, len(scope.waiters), int(age_of(scope.waiters)))
+
+
+def nothing_when_nobody_waits(engine, scope):
+    return lambda: numbers(
+        scope.checked_out, len(scope.waiters), age_of(scope.waiters) if scope.waiters else None
     )
 
 
-def set_outside_of_a_transaction(url):
-    engine = create_async_engine(url, **POOL)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def limit(connection, record):
-        for name, value in SERVER.items():
-            connection.run_async(lambda raw: raw.execute(f"SET {name} = '{value}'"))  # noqa: B023
-
-    return engine
+def numbers_instead_of_a_function(engine, scope):
+    return from_the_scope(engine, scope)()
 
 
-def set_and_committed(url):
-    engine = create_async_engine(url, **POOL)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def limit(connection, record):
-        cursor = connection.cursor()
-        for name, value in SERVER.items():
-            cursor.execute(f"SET {name} = '{value}'")
-        cursor.close()
-        connection.commit()
-
-    return engine
+def who_waits_instead_of_how_many(engine, scope):
+    return lambda: numbers(scope.checked_out, scope.waiters, age_of(scope.waiters))
 
 
-def connections_of_its_own_making(url):
-    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    return create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(dsn, server_settings=SERVER),
-        **POOL,
+def holders_and_waiters_together(engine, scope):
+    return lambda: numbers(
+        len(scope.holders) + len(scope.waiters), len(scope.waiters), age_of(scope.waiters)
     )
 
 
-def and_the_client_as_the_last_resort(url):
-    return engine_with(url, driver={"command_timeout": 3, "timeout": 3}, pool_recycle=1800)
+def a_scope_for_each_scrape(engine, scope):
+    def measure():
+        own = PoolScope(engine)
+        found = from_the_scope(engine, own)()
+        own.close()
+        return found
+
+    return measure
 
 
-def numbers_in_milliseconds(url):
-    limits = {"statement_timeout": "1000", "lock_timeout": "500"}
-    return engine_with(url, server=SERVER | limits, pool_use_lifo=True)
+def closes_the_scope(engine, scope):
+    def measure():
+        found = from_the_scope(engine, scope)()
+        scope.close()
+        return found
+
+    return measure
 
 
-def size_alone(url):
-    return engine_with(url, without=["max_overflow"])
+def by_the_time_of_the_loop(engine, scope):
+    loop = asyncio.get_running_loop()
+
+    def measure():
+        waiters = scope.waiters
+        oldest = loop.time() - waiters[0].since if waiters else 0
+        return numbers(scope.checked_out, len(waiters), oldest)
+
+    return measure
 
 
-def no_pool(url):
-    return create_async_engine(url, poolclass=NullPool, connect_args={"server_settings": SERVER})
+def disposes_of_the_engine(engine, scope):
+    def measure():
+        found = from_the_scope(engine, scope)()
+        engine.sync_engine.dispose(close=False)
+        return found
+
+    return measure
 
 
-def half_a_minute_in_line(url):
-    return engine_with(url, without=["pool_timeout"])
+def asks_the_server(engine, scope):
+    def measure():
+        asyncio.run(scope.ask_server())
+        return from_the_scope(engine, scope)()
+
+    return measure
 
 
-def no_limit_for_statements(url):
-    return engine_with(url, without=["statement_timeout", "lock_timeout"])
+def what_it_was_at_first(engine, scope):
+    found = from_the_scope(engine, scope)()
+    return lambda: found
 
 
-def only_for_locks(url):
-    return engine_with(url, without=["statement_timeout"])
+# The alert
 
 
-def the_client_is_enough(url):
-    return engine_with(url, without=["statement_timeout"], driver={"command_timeout": 1})
-
-
-def upside_down(url):
-    return engine_with(url, driver={"command_timeout": 0.7})
-
-
-def statements_only(url):
-    return engine_with(url, without=["lock_timeout"])
-
-
-def one_of_what(url):
-    return engine_with(url, server=SERVER | {"statement_timeout": "1"})
-
-
-def half_of_what(url):
-    return engine_with(url, server=SERVER | {"lock_timeout": "5"})
-
-
-def set_and_forgotten(url):
-    engine = create_async_engine(url, **POOL)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def limit(connection, record):
-        cursor = connection.cursor()
-        for name, value in SERVER.items():
-            cursor.execute(f"SET {name} = '{value}'")
-        cursor.close()
-
-    return engine
-
-
-def no_ping(url):
-    return engine_with(url, without=["pool_pre_ping"])
-
-
-def young_connections(url):
-    return engine_with(url, without=["pool_pre_ping"], pool_recycle=60)
-
-
-def nameless(url):
-    return engine_with(url, without=["application_name"])
-
-
-def another_name(url):
-    return engine_with(url, server=SERVER | {"application_name": "service"})
-
-
-def too_impatient(url):
-    return engine_with(url, pool_timeout=0.05)
-
-
-def too_patient(url):
-    return engine_with(url, pool_timeout=1)
-
-
-def too_small(url):
-    return engine_with(url, pool_size=2)
-
-
-def too_strict(url):
-    return engine_with(url, server=SERVER | {"statement_timeout": "300ms", "lock_timeout": "200ms"})
-
-
-def sessions(url):
-    return async_sessionmaker(engine_with(url))
-
-
-def nothing(url):
-    engine_with(url)
-
-
-# The service
-
-
-def price_of(sku):
-    return select(Product.unit_price).where(Product.sku == sku)
-
-
-def limited(url, **pool):
-    settings = {"pool_size": 5, "max_overflow": 0} | pool
-    return create_async_engine(
-        url, connect_args={"server_settings": {"lock_timeout": "500ms"}}, **settings
+def has_risen(scrapes, counter):
+    """Also from 0, where it has begun anew."""
+    return any(
+        after[counter] > (before[counter] if after[counter] >= before[counter] else 0)
+        for before, after in pairwise(scrapes)
     )
 
 
-def disposing(engine):
-    @asynccontextmanager
-    async def lifespan(app):
-        yield
-        await engine.dispose()
+def is_deadlocked(scrape):
+    return scrape["verdict"] == "deadlock"
 
-    return lifespan
 
+def all_wait(scrapes, bearable):
+    return min(scrape["oldest_wait_seconds"] for scrape in scrapes) > bearable
 
-def app_of(place_order, pay, lifespan=None):
-    app = FastAPI(lifespan=lifespan)
-    app.post("/orders")(place_order)
-    app.post("/orders/{number}/pay")(pay)
-    return app
 
+def two_rules(scrapes, bearable):
+    proved = has_risen(scrapes, "deadlocks_total") or is_deadlocked(scrapes[-1])
+    return proved or all_wait(scrapes, bearable)
 
-def endpoints(Session):
-    """One session in each, and its transaction ends there."""
 
-    async def place_order(household: int, sku: int) -> int:
-        async with Session.begin() as session:
-            price = await session.scalar(price_of(sku))
-            lines = [OrderLine(sku=sku, unit_price=price)]
-            session.add(order := Order(household_id=household, lines=lines))
-        return order.id
+def as_increase_does(scrapes, bearable):
+    counts = [scrape["deadlocks_total"] for scrape in scrapes]
+    rise = sum(after - before if after >= before else after for before, after in pairwise(counts))
+    return bool(rise) or is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
 
-    async def pay(number: int):
-        async with Session.begin() as session:
-            order = await session.get(Order, number, with_for_update=True)
-            order.status = "paid"
 
-    return place_order, pay
+def in_a_loop(scrapes, bearable):
+    before, late = scrapes[0], 0
+    for scrape in scrapes:
+        if scrape["checkouts_total"] < before["checkouts_total"]:
+            before = {"deadlocks_total": 0}
+        if scrape["deadlocks_total"] > before["deadlocks_total"]:
+            return True
+        late += scrape["oldest_wait_seconds"] > bearable and scrape["waiting"] > 0
+        before = scrape
+    return late == len(scrapes) or before["verdict"] == "deadlock"
 
-
-def all_five_mended(url):
-    engine = limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
-    return app_of(*endpoints(Session), disposing(engine))
 
+def with_numpy(scrapes, bearable):
+    waits = np.array([scrape["oldest_wait_seconds"] for scrape in scrapes])
+    counts = np.array([scrape["deadlocks_total"] for scrape in scrapes])
+    rises = np.diff(counts)
+    rises = np.where(rises < 0, counts[1:], rises)
+    return np.any([is_deadlocked(scrapes[-1]), rises.any(), (waits > bearable).all()])
 
-def on_top_of_the_file(url):
-    settings = db.Settings(database_url=url, pool_size=5, lock_timeout="500ms")
 
-    @asynccontextmanager
-    async def lifespan(app):
-        engine = db.make_engine(settings)
-        app.state.session_factory = async_sessionmaker(engine, expire_on_commit=False)
-        yield
-        await engine.dispose()
+def always(scrapes, bearable):
+    return True
 
-    app = FastAPI(lifespan=lifespan)
-    app.add_exception_handler(DBAPIError, db.service_unavailable)
 
-    @app.post("/orders")
-    async def place_order(household: int, sku: int, Session: db.SessionFactory) -> int:
-        return await endpoints(Session)[0](household, sku)
+def when_full(scrapes, bearable):
+    return all(scrape["checked_out"] == scrape["capacity"] for scrape in scrapes)
 
-    @app.post("/orders/{number}/pay")
-    async def pay(number: int, Session: db.SessionFactory):
-        await endpoints(Session)[1](number)
 
-    return app
+def when_many_wait(scrapes, bearable):
+    return is_deadlocked(scrapes[-1]) or scrapes[-1]["waiting"] > 6
 
 
-def without_waiting_for_locks(url):
-    """NOWAIT, and Core."""
-    engine = create_async_engine(url, pool_size=3, max_overflow=2)
+def when_nothing_moves(scrapes, bearable):
+    still = scrapes[0]["checkouts_total"] == scrapes[-1]["checkouts_total"]
+    return (still and all(scrape["waiting"] for scrape in scrapes)) or all_wait(scrapes, bearable)
 
-    async def place_order(household: int, sku: int) -> int:
-        async with engine.begin() as connection:
-            price = await connection.scalar(price_of(sku))
-            order = insert(Order).values(household_id=household, status="new")
-            number = await connection.scalar(order.returning(Order.id))
-            line = {"order_id": number, "sku": sku, "quantity": 1, "unit_price": price}
-            await connection.execute(insert(OrderLine), line)
-        return number
 
-    async def pay(number: int):
-        found = select(Order.status).where(Order.id == number)
-        try:
-            async with engine.begin() as connection:
-                await connection.execute(found.with_for_update(nowait=True))
-                await connection.execute(
-                    update(Order).where(Order.id == number).values(status="paid")
-                )
-        except DBAPIError:
-            raise HTTPException(409, "somebody else has it") from None
+def when_somebody_times_out(scrapes, bearable):
+    return has_risen(scrapes, "timeouts_total") or all_wait(scrapes, bearable)
 
-    return app_of(place_order, pay, disposing(engine))
 
+def when_the_last_waits(scrapes, bearable):
+    return two_rules(scrapes, bearable) or scrapes[-1]["oldest_wait_seconds"] > bearable
 
-def a_dependency_of_the_function(url):
-    """Its commit comes before the answer; and the limit is that of the transaction."""
-    engine = create_async_engine(url, pool_size=5, max_overflow=0)
-    Session = async_sessionmaker(engine)
 
-    async def get_session():
-        async with Session.begin() as session:
-            await session.execute(text("SET LOCAL lock_timeout = '300ms'"))
-            yield session
+def when_there_was_a_deadlock(scrapes, bearable):
+    return scrapes[-1]["deadlocks_total"] > 0 or all_wait(scrapes, bearable)
 
-    of_the_function = Depends(get_session, scope="function")
 
-    async def place_order(household: int, sku: int, session: AsyncSession = of_the_function) -> int:
-        price = await session.scalar(price_of(sku))
-        order = Order(household_id=household, lines=[OrderLine(sku=sku, unit_price=price)])
-        session.add(order)
-        await session.flush()
-        return order.id
+def when_the_counter_differs(scrapes, bearable):
+    return (
+        scrapes[0]["deadlocks_total"] != scrapes[-1]["deadlocks_total"]
+        or is_deadlocked(scrapes[-1])
+        or all_wait(scrapes, bearable)
+    )
 
-    async def pay(number: int, session: AsyncSession = of_the_function):
-        order = await session.get(Order, number, with_for_update=True)
-        order.status = "paid"
 
-    return app_of(place_order, pay, disposing(engine))
+def only_deadlocks(scrapes, bearable):
+    return has_risen(scrapes, "deadlocks_total") or is_deadlocked(scrapes[-1])
 
 
-def an_engine_for_each_session(url):
-    def Session():
-        return AsyncSession(limited(url), expire_on_commit=False)
+def mean_of_the_served(scrapes, bearable):
+    def mean(before, after):
+        count = after["wait_seconds_count"] - before["wait_seconds_count"]
+        return (after["wait_seconds_sum"] - before["wait_seconds_sum"]) / count if count else 0
 
-    async def place_order(household: int, sku: int) -> int:
-        async with Session() as session:
-            price = await session.scalar(price_of(sku))
-            lines = [OrderLine(sku=sku, unit_price=price)]
-            session.add(order := Order(household_id=household, lines=lines))
-            await session.commit()
-        return order.id
+    return all(mean(*pair) > bearable for pair in pairwise(scrapes))
 
-    async def pay(number: int):
-        async with Session() as session:
-            order = await session.get(Order, number, with_for_update=True)
-            order.status = "paid"
-            await session.commit()
 
-    return app_of(place_order, pay)
+def only_what_customers_feel(scrapes, bearable):
+    return all_wait(scrapes, bearable)
 
 
-def no_pool_at_all(url):
-    settings = {"server_settings": {"lock_timeout": "500ms"}}
-    engine = create_async_engine(url, poolclass=NullPool, connect_args=settings)
-    return app_of(*endpoints(async_sessionmaker(engine, expire_on_commit=False)))
+def only_what_the_gauges_see(scrapes, bearable):
+    return any(map(is_deadlocked, scrapes)) or all_wait(scrapes, bearable)
 
 
-def with_overflow(url):
-    engine = limited(url, max_overflow=10)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
-    return app_of(*endpoints(Session), disposing(engine))
+def only_the_last_gauge(scrapes, bearable):
+    return is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
 
 
-def a_pool_for_prices(url):
-    engine, prices = limited(url), limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
+def between_each_two(scrapes, bearable):
+    return any(
+        after["deadlocks_total"] > before["deadlocks_total"] for before, after in pairwise(scrapes)
+    )
 
-    async def place_order(household: int, sku: int) -> int:
-        async with prices.connect() as connection:
-            price = await connection.scalar(price_of(sku))
-        async with Session.begin() as session:
-            lines = [OrderLine(sku=sku, unit_price=price)]
-            session.add(order := Order(household_id=household, lines=lines))
-        return order.id
 
-    return app_of(place_order, endpoints(Session)[1], disposing(engine))
+def without_a_restart_at_once(scrapes, bearable):
+    proved = between_each_two(scrapes, bearable) or is_deadlocked(scrapes[-1])
+    return proved or all_wait(scrapes, bearable)
 
 
-def prices_from_a_dependency(url):
-    engine = limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
+def last_less_first(scrapes, bearable):
+    first, last = scrapes[0]["deadlocks_total"], scrapes[-1]["deadlocks_total"]
+    new = last - first if last >= first else last
+    return new > 0 or is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
 
-    async def get_price(sku: int):
-        async with Session() as session:
-            yield await session.scalar(price_of(sku))
 
-    async def place_order(household: int, sku: int, price: object = Depends(get_price)) -> int:
-        async with Session.begin() as session:
-            lines = [OrderLine(sku=sku, unit_price=price)]
-            session.add(order := Order(household_id=household, lines=lines))
-        return order.id
+def any_deadlock_seen(scrapes, bearable):
+    return two_rules(scrapes, bearable) or any(map(is_deadlocked, scrapes))
 
-    return app_of(place_order, endpoints(Session)[1], disposing(engine))
 
+def only_the_last_step(scrapes, bearable):
+    proved = has_risen(scrapes[-2:], "deadlocks_total") or is_deadlocked(scrapes[-1])
+    return proved or all_wait(scrapes, bearable)
 
-def commits_after_the_yield(url):
-    engine = limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
 
-    async def get_session():
-        async with Session() as session:
-            yield session
-            await session.commit()
+def only_the_first_step(scrapes, bearable):
+    for before, after in pairwise(scrapes):
+        if after["deadlocks_total"] > before["deadlocks_total"]:
+            return True
+        return is_deadlocked(scrapes[-1]) or all_wait(scrapes, bearable)
+    return None
 
-    of_this_request = Depends(get_session)
 
-    async def place_order(household: int, sku: int, session: AsyncSession = of_this_request) -> int:
-        price = await session.scalar(price_of(sku))
-        order = Order(household_id=household, lines=[OrderLine(sku=sku, unit_price=price)])
-        session.add(order)
-        await session.flush()
-        return order.id
+def first_and_last(scrapes, bearable):
+    return two_rules(scrapes, bearable) or all_wait([scrapes[0], scrapes[-1]], bearable)
 
-    async def pay(number: int, session: AsyncSession = of_this_request):
-        order = await session.get(Order, number, with_for_update=True)
-        order.status = "paid"
 
-    return app_of(place_order, pay, disposing(engine))
+def as_long_as_they_bear(scrapes, bearable):
+    waits = [scrape["oldest_wait_seconds"] for scrape in scrapes]
+    return two_rules(scrapes, bearable) or min(waits) >= bearable
 
 
-def only_flushed(url):
-    engine = limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
+def five_seconds(scrapes, bearable):
+    return two_rules(scrapes, 5)
 
-    async def place_order(household: int, sku: int) -> int:
-        async with Session() as session:
-            price = await session.scalar(price_of(sku))
-            lines = [OrderLine(sku=sku, unit_price=price)]
-            session.add(order := Order(household_id=household, lines=lines))
-            await session.flush()
-        return order.id
 
-    async def pay(number: int):
-        async with Session.begin() as session:
-            await session.execute(update(Order).where(Order.id == number).values(status="paid"))
+def held_for_too_long(scrapes, bearable):
+    held = min(scrape["oldest_hold_seconds"] for scrape in scrapes)
+    return two_rules(scrapes, bearable) or held > bearable
 
-    return app_of(place_order, pay, disposing(engine))
 
+def only_where_nothing_moves(scrapes, bearable):
+    still = scrapes[0]["checkouts_total"] == scrapes[-1]["checkouts_total"]
+    return only_deadlocks(scrapes, bearable) or (still and all_wait(scrapes, bearable))
 
-def locks_without_a_limit(url):
-    engine = create_async_engine(url, pool_size=5, max_overflow=0)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
-    return app_of(*endpoints(Session), disposing(engine))
 
+def timeouts_as_well(scrapes, bearable):
+    return two_rules(scrapes, bearable) or has_risen(scrapes, "timeouts_total")
 
-def never_disposed(url):
-    return app_of(*endpoints(async_sessionmaker(limited(url), expire_on_commit=False)))
 
+known = {"deadlocks": 0}
 
-def expired(url):
-    engine = limited(url)
-    return app_of(*endpoints(async_sessionmaker(engine)), disposing(engine))
 
+def since_the_last_call(scrapes, bearable):
+    new = scrapes[-1]["deadlocks_total"] > known["deadlocks"]
+    known["deadlocks"] = scrapes[-1]["deadlocks_total"]
+    return new or two_rules(scrapes, bearable)
 
-def twice_to_be_sure(url):
-    engine = limited(url)
-    Session = async_sessionmaker(engine, expire_on_commit=False)
-    once, pay = endpoints(Session)
 
-    async def place_order(household: int, sku: int) -> int:
-        await once(household, sku)
-        return await once(household, sku)
+def true_or_nothing(scrapes, bearable):
+    if two_rules(scrapes, bearable):
+        return True
+    return None
 
-    return app_of(place_order, pay, disposing(engine))
 
-
-def the_engine_instead(url):
-    return limited(url)
+def why(scrapes, bearable):
+    return "deadlock" if two_rules(scrapes, bearable) else ""
 
 
 ANSWERS = {
-    "give_it_limits": Answers(
+    "measure_the_queue": Answers(
         right=[
-            said_when_it_connects,
-            the_file_to_take_home,
-            set_outside_of_a_transaction,
-            set_and_committed,
-            connections_of_its_own_making,
-            and_the_client_as_the_last_resort,
-            numbers_in_milliseconds,
+            from_the_scope,
+            from_the_pool_of_now,
+            from_events_and_a_verdict,
+            from_the_collector,
+            from_an_object,
         ],
         wrong=[
-            (size_alone, "size-is-not-the-limit"),
-            (no_pool, "size-is-not-the-limit"),
-            (half_a_minute_in_line, "everybody-is-patient"),
-            (no_limit_for_statements, "somebody-presses-ctrl-c"),
-            (only_for_locks, "somebody-presses-ctrl-c"),
-            (the_client_is_enough, "whoever-leaves-ends-it"),
-            (upside_down, "whoever-leaves-ends-it"),
-            (statements_only, "a-lock-is-no-line"),
-            (one_of_what, "a-number-is-in-seconds"),
-            (half_of_what, "a-number-is-in-seconds"),
-            (set_and_forgotten, "once-set-is-set"),
-            (no_ping, "the-pool-would-know"),
-            (young_connections, "the-pool-would-know"),
-            (nameless, "everybody-is-nobody"),
-            (another_name, "not-what-was-asked"),
-            (too_impatient, "not-what-was-asked"),
-            (too_patient, "not-what-was-asked"),
-            (too_small, "not-what-was-asked"),
-            (too_strict, "not-what-was-asked"),
-            (sessions, "not-what-was-asked"),
-            (nothing, "not-what-was-asked"),
+            (overflow_waits, "connections-are-no-queue"),
+            (longest_so_far, "history-is-not-now"),
+            (raw_time, "another-clock"),
+            (age_of_the_holder, "hold-is-not-wait"),
+            (mean_of_those_who_wait, "not-the-oldest"),
+            (is_it_alive, "needs-a-connection"),
+            (handed_to_the_loop, "asks-the-loop"),
+            (pool_of_the_beginning, "keeps-the-first-pool"),
+            (counter_of_the_pool, "every-pool-counts"),
+            (asks_the_server, "needs-a-connection"),
+            (now_is_when_it_began, "not-what-was-asked"),
+            (on_the_clock_of_the_loop, "another-clock"),
+            (by_the_time_of_the_loop, "another-clock"),
+            (in_milliseconds, "not-what-was-asked"),
+            (whole_seconds, "not-what-was-asked"),
+            (nothing_when_nobody_waits, "not-what-was-asked"),
+            (numbers_instead_of_a_function, "not-what-was-asked"),
+            (who_waits_instead_of_how_many, "not-what-was-asked"),
+            (holders_and_waiters_together, "not-what-was-asked"),
+            (a_scope_for_each_scrape, "not-what-was-asked"),
+            (closes_the_scope, "not-what-was-asked"),
+            (disposes_of_the_engine, "not-what-was-asked"),
+            (what_it_was_at_first, "not-what-was-asked"),
         ],
     ),
-    "serve_a_crowd": Answers(
-        right=[
-            all_five_mended,
-            on_top_of_the_file,
-            without_waiting_for_locks,
-            a_dependency_of_the_function,
-        ],
+    "wake_somebody": Answers(
+        right=[two_rules, as_increase_does, in_a_loop, with_numpy],
         wrong=[
-            (an_engine_for_each_session, "engine-per-call"),
-            (no_pool_at_all, "engine-per-call"),
-            (with_overflow, "size-is-not-the-limit"),
-            (a_pool_for_prices, "size-is-not-the-limit"),
-            (prices_from_a_dependency, "holds-and-waits"),
-            (commits_after_the_yield, "answers-before-it-commits"),
-            (only_flushed, "forgets-to-commit"),
-            (locks_without_a_limit, "a-lock-is-no-line"),
-            (never_disposed, "ends-without-a-goodbye"),
-            (expired, "expired-objects"),
-            (twice_to_be_sure, "not-what-was-asked"),
-            (the_engine_instead, "not-what-was-asked"),
+            (always, "always-the-same"),
+            (when_full, "full-is-no-fault"),
+            (when_many_wait, "queue-is-no-outage"),
+            (when_nothing_moves, "still-is-not-stuck"),
+            (when_somebody_times_out, "timeout-is-no-deadlock"),
+            (when_the_last_waits, "one-scrape-is-no-outage"),
+            (when_there_was_a_deadlock, "counter-is-no-gauge"),
+            (when_the_counter_differs, "counter-starts-anew"),
+            (only_deadlocks, "only-the-cause"),
+            (mean_of_the_served, "history-is-not-now"),
+            (only_what_customers_feel, "deadlock-needs-no-slack"),
+            (only_what_the_gauges_see, "over-is-over"),
+            (only_the_last_gauge, "between-two-scrapes"),
+            (without_a_restart_at_once, "counter-starts-anew"),
+            (last_less_first, "counter-starts-anew"),
+            (any_deadlock_seen, "over-is-over"),
+            (only_the_last_step, "one-step-for-all"),
+            (only_the_first_step, "one-step-for-all"),
+            (first_and_last, "one-scrape-is-no-outage"),
+            (as_long_as_they_bear, "not-what-was-asked"),
+            (five_seconds, "another-limit"),
+            (held_for_too_long, "hold-is-not-wait"),
+            (only_where_nothing_moves, "moving-is-not-fast"),
+            (timeouts_as_well, "one-scrape-is-no-outage"),
+            (since_the_last_call, "not-what-was-asked"),
+            (true_or_nothing, "not-what-was-asked"),
+            (why, "not-what-was-asked"),
         ],
     ),
 }

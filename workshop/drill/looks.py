@@ -45,6 +45,7 @@ class Looks:
         self._workers, self._looking, self._run = workers, looking, run
         self._processes = [psutil.Process(worker.pid) for worker in workers]
         self._written_before: dict[str, int] = {}
+        self._most_open = -1  # transactions, when the server's list was taken
         self._one_at_a_time = asyncio.Lock()  # a connection of asyncpg is for one
 
     async def __aenter__(self) -> Looks:
@@ -77,15 +78,16 @@ class Looks:
                 return out
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _look_closely(self, worker: Worker) -> None:
-        """The report of a worker, and the server's list where that has not been seen yet."""
+    def _ask_for_a_report(self, worker: Worker) -> None:
         self._written_before[worker.name] = len(_written(worker))
         if hasattr(signal, "SIGUSR1"):
             os.kill(worker.pid, signal.SIGUSR1)
-        if not self._run.activity:
-            async with self._one_at_a_time:
-                rows = await self._looking.fetch(_ACTIVITY)
-            self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
+
+    async def _take_the_list(self) -> None:
+        """What the server lists. On a busy machine the first bad moment may come before the transactions."""
+        async with self._one_at_a_time:
+            rows = await self._looking.fetch(_ACTIVITY)
+        self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
 
     def _reports(self) -> Iterator[str]:
         """What the workers have written on a signal, without what they log besides."""
@@ -94,7 +96,10 @@ class Looks:
             yield from re.findall(_REPORT, text, re.DOTALL | re.MULTILINE)[:1]
 
     async def _look_on(self) -> None:
-        """Twice a second; closely at each worker's first moment that is bad, or else towards the end."""
+        """Twice a second; closely at each worker's first moment that is bad, or else towards the end.
+
+        The server's list is that of the bad moment at which most transactions were open.
+        """
         while True:
             async with self._one_at_a_time:
                 connections, idle = await self._looking.fetchrow(_CONNECTIONS)
@@ -126,7 +131,10 @@ class Looks:
                 is_bad = max(look.oldest_wait, look.oldest_hold, look.lag) > _BAD_SECONDS
                 is_late = look.time > 0.75 * self._run.seconds
                 if (is_bad or is_late) and worker.name not in self._written_before:
-                    await self._look_closely(worker)
+                    self._ask_for_a_report(worker)
+                if (is_bad or is_late) and idle > self._most_open:
+                    self._most_open = idle
+                    await self._take_the_list()
             await asyncio.sleep(_LOOK_SECONDS)
 
 

@@ -58,8 +58,9 @@ class Run:
     """A load of so many `clients` for so many `seconds`.
 
     `found` are properties that have to hold whatever the load: see `workshop.drill.load`. `activity` is
-    pg_stat_activity at the first bad moment, as (what it waits for, last statement, how many); `reports` are what the
-    workers wrote on a signal, each at its first bad moment. `alerts` are the names of those that fired.
+    pg_stat_activity at the bad moment with most open transactions, as (what it waits for, last statement, how many);
+    `reports` are what the workers wrote on a signal, each at its first bad moment. `alerts` are the names of those
+    that fired.
     """
 
     clients: int

@@ -1,4 +1,4 @@
-"""What every stack of lesson 09 has: a name, the server that it needs, and a pool with four doors."""
+"""What every stack of lesson 11 has: a name, the server that it needs, and a pool with four doors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks of exercise 09: an order in Tortoise ORM, customers who leave, and a line before a psycopg_pool."""
+"""The checks of exercise 11: an order in Tortoise ORM, customers who leave, and a line before a psycopg_pool."""
 
 from workshop.checks.other_stacks.draw_a_line import draw_a_line
 from workshop.checks.other_stacks.leave_at_any_moment import leave_at_any_moment

@@ -1,4 +1,4 @@
-"""Exercise 09, task 3: a psycopg_pool before a crowd."""
+"""Exercise 11, task 3: a psycopg_pool before a crowd."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def prove(run: Recording, seen: Crowd) -> str:
 
 
 draw_a_line: Task[Crowd] = Task(
-    "09",
+    "11",
     "draw_a_line",
     "open_pool",
     load=meet_the_crowd,

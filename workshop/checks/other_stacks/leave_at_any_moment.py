@@ -1,4 +1,4 @@
-"""Exercise 09, task 2: customers who leave while their transaction begins, on SQLite."""
+"""Exercise 11, task 2: customers who leave while their transaction begins, on SQLite."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def prove(run: Recording, seen: Visits) -> str:
 
 
 leave_at_any_moment: Task[Visits] = Task(
-    "09",
+    "11",
     "leave_at_any_moment",
     "reserve",
     load=come_and_go,

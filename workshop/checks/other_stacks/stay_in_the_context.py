@@ -1,4 +1,4 @@
-"""Exercise 09, task 1: the order of exercise 01 in Tortoise ORM, which asks past its own transaction."""
+"""Exercise 11, task 1: the order of exercise 01 in Tortoise ORM, which asks past its own transaction."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def prove(run: Recording, seen: Orders) -> str:
 
 
 stay_in_the_context: Task[Orders] = Task(
-    "09",
+    "11",
     "stay_in_the_context",
     "place_order",
     load=place_orders,

@@ -1,4 +1,4 @@
-"""The customers of exercise 08, task 2, and what others see in the database at the moment they are answered."""
+"""The customers of exercise 09, task 2, and what others see in the database at the moment they are answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A day of the engine of exercise 08, task 1: a crowd, slow statements, a locked row and a restart."""
+"""A day of the engine of exercise 09, task 1: a crowd, slow statements, a locked row and a restart."""
 
 from __future__ import annotations
 

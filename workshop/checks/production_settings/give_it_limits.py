@@ -1,4 +1,4 @@
-"""Exercise 08, task 1: the engine of a service, on a day with a crowd, slow statements, a lock and a restart."""
+"""Exercise 09, task 1: the engine of a service, on a day with a crowd, slow statements, a lock and a restart."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def prove(run: Recording, seen: Day) -> str:
 
 
 give_it_limits: Task[Day] = Task(
-    "08",
+    "09",
     "give_it_limits",
     "make_engine",
     load=use_for_a_day,

@@ -1,4 +1,4 @@
-"""Exercise 08, task 2: a service with a crowd before it, a colleague who locks its rows, and an end."""
+"""Exercise 09, task 2: a service with a crowd before it, a colleague who locks its rows, and an end."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def _with_one_pool(run: Recording) -> Recording:
 
 
 serve_a_crowd: Task[Service] = Task(
-    "08",
+    "09",
     "serve_a_crowd",
     "shop",
     load=serve,

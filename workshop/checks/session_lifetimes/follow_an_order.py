@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ormscope.lab import Recording
+from workshop.checks.calls import (
+    unless_raised,
+)
 from workshop.checks.catalogue import Finding
 from workshop.checks.lent import connections
 from workshop.checks.rules import (
@@ -14,9 +17,6 @@ from workshop.checks.rules import (
     one_session_many_tasks,
     retries,
     swallows_the_timeout,
-)
-from workshop.checks.session_lifetimes.calls import (
-    unless_raised,
 )
 from workshop.checks.session_lifetimes.pages import (
     QUIET_SECONDS,

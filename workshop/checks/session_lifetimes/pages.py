@@ -17,16 +17,16 @@ from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
 from ormscope.lab import storm
-from workshop.checks.evidence import Work, evidence
-from workshop.checks.lent import Conditions, forget_orders, own_households
-from workshop.checks.session_lifetimes.browser import News, Tab
-from workshop.checks.session_lifetimes.calls import (
+from workshop.checks.calls import (
     Holds,
     close_sessions,
     current_call,
     pause,
     raise_own,
 )
+from workshop.checks.evidence import Work, evidence
+from workshop.checks.lent import Conditions, forget_orders, own_households
+from workshop.checks.session_lifetimes.browser import News, Tab
 from workshop.checks.unpooled import Unpooled, backends, of_the_check
 from workshop.shop import Order
 

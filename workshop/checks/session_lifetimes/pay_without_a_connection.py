@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ormscope.lab import Recording
+from workshop.checks.calls import (
+    unless_raised,
+)
 from workshop.checks.catalogue import Finding
 from workshop.checks.lent import connections
 from workshop.checks.rules import USE_OF_POOLS, expired_objects, lock_without_an_end
-from workshop.checks.session_lifetimes.calls import (
-    unless_raised,
-)
 from workshop.checks.session_lifetimes.payments import Payments, pay_orders
 from workshop.checks.task import Task
 from workshop.checks.unpooled import NO_OTHER_CONNECTIONS

@@ -11,14 +11,14 @@ from sqlalchemy import event, insert, inspect, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from ormscope.lab import storm
-from workshop.checks.evidence import Work, evidence
-from workshop.checks.lent import Conditions, forget_orders, own_households
-from workshop.checks.session_lifetimes.calls import (
+from workshop.checks.calls import (
     Holds,
     close_sessions,
     current_call,
     raise_own,
 )
+from workshop.checks.evidence import Work, evidence
+from workshop.checks.lent import Conditions, forget_orders, own_households
 from workshop.checks.session_lifetimes.provider import Asked, Provider, UnansweredError
 from workshop.checks.unpooled import Unpooled, backends, of_the_check
 from workshop.payment import Declined

@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from workshop.checks.session_lifetimes.calls import Holds, current_call, pause
+from workshop.checks.calls import Holds, current_call, pause
 from workshop.payment import Declined
 
 _PROVIDER_SECONDS = 0.15

@@ -1,4 +1,4 @@
-"""Exercise 07, task 1: three numbers of a pool that are true at each scrape."""
+"""Exercise 08, task 1: three numbers of a pool that are true at each scrape."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def plot(before: Recording, after: Recording) -> Picture:
 
 
 measure_the_queue = Task(
-    "07",
+    "08",
     "measure_the_queue",
     "metrics",
     load=scrape_a_day,

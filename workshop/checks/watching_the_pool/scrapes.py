@@ -1,4 +1,4 @@
-"""Scrapes of a pool's metrics, as Prometheus makes them, for exercise 07, task 1: what was told, and what was true."""
+"""Scrapes of a pool's metrics, as Prometheus makes them, for exercise 08, task 1: what was told, and what was true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The situations of exercise 07, task 2: what happens to pools, and what their metrics tell meanwhile."""
+"""The situations of exercise 08, task 2: what happens to pools, and what their metrics tell meanwhile."""
 
 from __future__ import annotations
 

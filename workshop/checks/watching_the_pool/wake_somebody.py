@@ -1,4 +1,4 @@
-"""Exercise 07, task 2: from a few scrapes, whether somebody is to be woken."""
+"""Exercise 08, task 2: from a few scrapes, whether somebody is to be woken."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def plot(before: Recording, after: Recording) -> Picture:
 
 
 wake_somebody = Task(
-    "07",
+    "08",
     "wake_somebody",
     "should_page",
     load=ask_whether_to_page,

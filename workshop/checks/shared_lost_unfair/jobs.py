@@ -1,4 +1,4 @@
-"""Jobs, workers that do them, and customers who come meanwhile, for exercise 06, task 4."""
+"""Jobs, workers that do them, and customers who come meanwhile, for exercise 07, task 2."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from ormscope.lab import storm
 from ormscope.places import place
-from workshop.checks.evidence import THE_CHECK, evidence
-from workshop.checks.lent import Conditions
-from workshop.checks.session_lifetimes.calls import (
+from workshop.checks.calls import (
     Holds,
     close_sessions,
     current_call,
     raise_own,
 )
+from workshop.checks.evidence import THE_CHECK, evidence
+from workshop.checks.lent import Conditions
 from workshop.checks.unpooled import Unpooled, backends, blocking_one
 from workshop.shop import ExportJob
 
@@ -136,7 +136,7 @@ async def work_and_ask(
 ) -> Jobs:
     """Let so many workers, one for each connection, do jobs while customers come."""
     engine = conditions.engine(workers)
-    ours = f"exercise 06, {os.getpid()}"
+    ours = f"exercise 07, {os.getpid()}"
     others = f"{ours}, not asked for"
     all_of_them = ExportJob.kind.in_([ours, others])
     columns = select(ExportJob.id, ExportJob.kind, ExportJob.status).where(all_of_them)

@@ -1,4 +1,4 @@
-"""Which call of the learner's function is at work, and which connections it has; for the tasks of exercise 06."""
+"""Which call of the learner's function is at work, and which connections it has (exercises 06 and 07)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workshop.checks.rules import Noted, Rule
 
 current_call: ContextVar[int | None] = ContextVar("call", default=None)
 """The number of the call that is at work; the tasks that a call starts inherit it."""
-_IN_USE = "exercise 06: in use"
+_IN_USE = "exercises 06 and 07: in use"
 _SLOW_SECONDS = 0.03
 _LIBRARIES = {"asyncio", "asyncpg", "fastapi", "greenlet", "sqlalchemy", "starlette", "workshop"}
 

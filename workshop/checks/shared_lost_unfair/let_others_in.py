@@ -1,10 +1,13 @@
-"""Exercise 06, task 4: workers that give their connection back, and take it again before anybody else can."""
+"""Exercise 07, task 2: workers that give their connection back, and take it again before anybody else can."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ormscope.lab import Recording
+from workshop.checks.calls import (
+    unless_raised,
+)
 from workshop.checks.catalogue import Finding
 from workshop.checks.rules import (
     LEFT_OVER,
@@ -12,10 +15,7 @@ from workshop.checks.rules import (
     one_session_many_tasks,
     retries,
 )
-from workshop.checks.session_lifetimes.calls import (
-    unless_raised,
-)
-from workshop.checks.session_lifetimes.jobs import Jobs, work_and_ask
+from workshop.checks.shared_lost_unfair.jobs import Jobs, work_and_ask
 from workshop.checks.task import Task
 from workshop.checks.unpooled import NO_OTHER_CONNECTIONS
 
@@ -110,7 +110,7 @@ def prove(run: Recording, seen: Jobs) -> str:
 
 
 let_others_in = Task(
-    "06",
+    "07",
     "let_others_in",
     "work_through",
     load=work_and_ask,

@@ -1,4 +1,4 @@
-"""Exercise 06, task 3: a report of many queries, which ask at the same time."""
+"""Exercise 07, task 1: a report of many queries, which ask at the same time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from ormscope.lab import Recording, storm
-from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import Work, evidence
-from workshop.checks.lent import Conditions, connections
-from workshop.checks.returned import another_answer
-from workshop.checks.rules import USE_OF_POOLS, lock_without_an_end
-from workshop.checks.session_lifetimes.calls import (
+from workshop.checks.calls import (
     Holds,
     current_call,
     raise_own,
     unless_raised,
     within,
 )
+from workshop.checks.catalogue import Finding
+from workshop.checks.evidence import Work, evidence
+from workshop.checks.lent import Conditions, connections
+from workshop.checks.returned import another_answer
+from workshop.checks.rules import USE_OF_POOLS, lock_without_an_end
 from workshop.checks.task import Task
 from workshop.checks.unpooled import NO_OTHER_CONNECTIONS, Unpooled, backends
 from workshop.shop import Sale
@@ -204,7 +204,7 @@ def prove(run: Recording, seen: Reports) -> str:
 
 
 ask_in_parallel = Task(
-    "06",
+    "07",
     "ask_in_parallel",
     "report",
     load=show_reports,
