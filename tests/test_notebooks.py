@@ -18,7 +18,7 @@ import tomllib
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import nbformat
 import psutil
@@ -32,6 +32,7 @@ from nbformat import NotebookNode
 from sanitizing import masked
 
 from ormscope.lab.picture import Picture, stored_picture
+from ormscope.verdict import Cause
 from workshop import notebooks, postgres
 
 ROOT = Path(__file__).parents[1]
@@ -271,6 +272,52 @@ def test_each_prediction_has_a_place_and_is_compared_with_what_came(path: Path) 
             assert "it was" in cell.source
             order += "S"
     assert order and order == "QPS" * order.count("Q"), order
+
+
+def told_too_early(notebook: NotebookNode) -> Iterator[str]:
+    """The causes that a prediction's comparison names and that stand above it, in the lesson's aims or its section.
+
+    What an earlier cell of the lesson has shown is known, and a lesson's title names its subject.
+    """
+    aims = notebook.cells[0].source.partition("\n")[2]
+    known = section = ""
+    asked: str | None = None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            *_, last = re.split(r"^(?=## )", cell.source, flags=re.MULTILINE)
+            section = last if last.startswith("## ") else f"{section}\n{cell.source}"
+            asked = f"{aims}\n{section}" if A_PREDICTION.search(cell.source) else asked
+            continue
+        texts = "\n".join(output_texts(cell)).lower()
+        section += f"\n{cell.source}\n{texts}"
+        if asked is not None and 'print("you said", my_prediction)\n' in cell.source:
+            for cause in set(get_args(Cause)) - {"healthy", "unknown"}:
+                if cause in texts and cause in asked.lower() and cause not in known:
+                    yield cause
+            asked = None
+        known += texts
+
+
+@each_lesson
+def test_no_verdict_stands_above_its_prediction(path: Path) -> None:
+    assert list(told_too_early(nbformat.read(path, as_version=4))) == []
+
+
+@pytest.mark.parametrize("early", ["aims", "section", "code"])
+def test_a_verdict_above_its_prediction_is_seen(early: str) -> None:
+    told = {early: "Soon we shall see a deadlock."}
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# 98 Deadlock\n{told.get('aims', '')}"),
+        nbformat.v4.new_markdown_cell(f"## A run\n{told.get('section', '')}"),
+        nbformat.v4.new_code_cell(f"# {told.get('code', '')}"),
+        nbformat.v4.new_markdown_cell("**Predict.** What will it be?"),
+        nbformat.v4.new_code_cell(
+            'print("you said", my_prediction)\n', outputs=[stream("it was a deadlock\n")]
+        ),
+    ]
+    assert list(told_too_early(nbformat.v4.new_notebook(cells=cells))) == ["deadlock"]
+    cells[-1].outputs = [stream("it was healthy\n")]
+    assert list(told_too_early(nbformat.v4.new_notebook(cells=cells))) == []
 
 
 def test_an_exception_group_is_a_failure() -> None:

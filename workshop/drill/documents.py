@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import html
 
+# JupyterLab breaks a long line in the middle of a word otherwise.
+_STYLE = "word-break: normal; overflow-wrap: anywhere"
+
 
 class Document:
     """A text that differs from run to run; `title` is its plain-text form, the same in every run."""
@@ -18,4 +21,4 @@ class Document:
         return f"<Document: {self.title}>"
 
     def _repr_html_(self) -> str:
-        return f'<pre data-kind="measured">{html.escape(self.text)}</pre>'
+        return f'<pre data-kind="measured" style="{_STYLE}">{html.escape(self.text)}</pre>'
