@@ -50,14 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Judge notebooks wherever they stand, and run each `asyncio.run` on the loop that is asked for.
-
-    The loop's policy is the one way that Python 3.11 has, too.
-    """
-    if config.pluginmanager.hasplugin("nbval"):  # the matrix has no notebooks
-        import nbval_gate
-
-        config.pluginmanager.register(nbval_gate)
+    """Run each `asyncio.run` on the loop that is asked for: the loop's policy is the one way that 3.11 has, too."""
     if config.getoption("--loop") == "uvloop":
         import uvloop
 

@@ -487,6 +487,12 @@ def test_the_gate_is_strict_and_limits_time() -> None:
     assert not any("lax" in option or "rerun" in option for option in options)
 
 
+def test_the_gate_judges_a_notebook_that_is_run_alone() -> None:
+    """No folder named tests is asked for then, so its conftest.py is not read."""
+    done = run_gate("--collect-only", "--trace-config", "notebooks/00_start_here.ipynb")
+    assert re.search(r"registered: <module 'nbval_gate'", done.stdout), done.stdout
+
+
 def test_the_gate_covers_every_notebook() -> None:
     """pytest collects each code cell of each notebook, and no canary."""
     done = run_gate("--collect-only", "--quiet", "--ignore-glob=*.py")
