@@ -104,7 +104,7 @@ def test_it_ends_with_who_asked_for_it(ending: str) -> None:
         process.communicate()
         # It says goodbye to its tables, which takes a moment on a busy machine.
         assert await_that(
-            lambda: not running.is_running() and not any(Path(folder).iterdir()), 3 * GONE_WITHIN
+            lambda: not running.is_running() and not any(Path(folder).iterdir()), GONE_WITHIN
         )
 
 

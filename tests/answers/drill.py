@@ -125,7 +125,10 @@ MENDED = {
 
 WRONG = {
     "restart": Turn("sign_in", "restarts-it"),
-    "a larger pool": Turn("sign_in", "bigger-pool", settings={"POOL_SIZE": "30"}),
+    "a larger pool": Turn("sign_in", "takes-a-larger-share", settings={"POOL_SIZE": "30"}),
+    "a larger pool for the screens": Turn(
+        "live_feed", "takes-a-larger-share", settings={"POOL_SIZE": "30"}
+    ),
     "a shorter timeout": Turn("sign_in", "fails-sooner", settings={"POOL_TIMEOUT": "0.3"}),
     "a longer timeout": Turn("sign_in", "waits-longer", settings={"POOL_TIMEOUT": "20"}),
     "a close that nothing can cancel": Turn(

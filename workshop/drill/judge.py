@@ -104,7 +104,7 @@ def _of_the_connections(run: Run, settings: Mapping[str, str]) -> Iterator[Findi
         return
     told = f"The server had ≈ {run.connections} connections of the shop; it may have {CONNECTIONS}."
     if settings.get("POOL_SIZE") != GIVEN["POOL_SIZE"]:
-        yield Finding("bigger-pool", told)
+        yield Finding("takes-a-larger-share", told)
     else:
         yield Finding("a-pool-beside-the-pool", told)
 
