@@ -16,6 +16,7 @@ python3 lab.py refresh [NN ...]         for maintainers: run notebooks in place,
 python3 lab.py new exercise NN name     for maintainers: write the files of a new exercise
 python3 lab.py bundle [SYSTEM ...]      pack the kit with its packages, for a room without network
 python3 lab.py website                  build the website from what the notebooks have stored
+python3 lab.py slides                   build slides of each lesson, with speaker's notes
 python3 lab.py remove                   take away what the kit keeps outside of this folder
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
@@ -66,6 +67,7 @@ COMMANDS = {
     "new": ["workshop.new"],
     "bundle": ["workshop.bundle"],
     "website": ["workshop.website"],
+    "slides": ["workshop.slides"],
 }
 # What uv or pip say of a certificate that none of those they trust has signed, as where a company
 # inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-GONE_WITHIN = 15.0  # seconds to the end of all that a kernel started: a second when idle; more than 3 on an overloaded disk
+GONE_WITHIN = 15.0  # seconds to the end of all that a kernel started: one when idle, more than 3 on an overloaded disk
 
 
 def processes_of(temporary: Path) -> list[psutil.Process]:

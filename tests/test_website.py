@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from environments import demand_sphinx
 
 from workshop import website
 
@@ -46,17 +44,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     into = tmp_path_factory.mktemp("website")
-    if website.build(into) != 0:
-        if os.environ.get("CI") != "true" and _is_offline():
-            pytest.skip("the package index is out of reach")
-        pytest.fail("the website cannot be built; what Sphinx says stands above")
+    demand_sphinx(website.build(into))
     return into
-
-
-def _is_offline() -> bool:
-    """Whether uv cannot get what builds the website."""
-    ask = ["uv", "run", "--no-project", "--with-requirements", "requirements.lock", "true"]
-    return bool(subprocess.call([sys.executable, "-m", *ask], cwd=website.FOLDER))
 
 
 @pytest.fixture(scope="module")

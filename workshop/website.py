@@ -15,14 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "website"
 
 
-def build(into: Path) -> int:
-    """Build the website and return the exit status; a warning is an error, for it is a broken link or picture."""
+def sphinx(builder: str, configuration: Path, source: Path, into: Path) -> int:
+    """Run Sphinx and return its exit status; a warning is an error, for it is a broken link or picture."""
     requirements = FOLDER / "requirements.lock"
     command = ["uv", "run", "--no-project", "--with-requirements", str(requirements)]
-    sphinx = ["sphinx-build", "--builder=html", "--quiet", "--fail-on-warning", "--keep-going"]
-    return subprocess.call(
-        [sys.executable, "-m", *command, *sphinx, f"--conf-dir={FOLDER}", str(ROOT), str(into)]
-    )
+    build = ["sphinx-build", f"--builder={builder}", "--quiet", "--fail-on-warning", "--keep-going"]
+    folders = [f"--conf-dir={configuration}", str(source), str(into)]
+    return subprocess.call([sys.executable, "-m", *command, *build, *folders])
+
+
+def build(into: Path) -> int:
+    """Build the website and return the exit status."""
+    return sphinx("html", FOLDER, ROOT, into)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
