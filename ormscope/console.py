@@ -17,6 +17,7 @@ import secrets
 import selectors
 import socket
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -46,7 +47,7 @@ _MOST_CONSOLES = 10  # of processes with one id, in containers that share the fo
 _FRESH_SECONDS = 60.0  # a socket so young may be about to be listened at
 _LONGEST_SOCKET_PATH = 100  # bytes; macOS allows 103
 
-_has_unix_sockets = hasattr(socket, "AF_UNIX")
+_has_unix_sockets = sys.platform != "win32" and hasattr(socket, "AF_UNIX")
 _open: weakref.WeakSet[Console] = weakref.WeakSet()
 
 
@@ -134,6 +135,8 @@ class Console:
         folder = private_folder()
         _remove_stale(folder)
         if _has_unix_sockets and len(os.fsencode(folder)) < _LONGEST_SOCKET_PATH - 15:
+            if sys.platform == "win32":
+                raise NotImplementedError
             path = _free_path(folder, ".sock")
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -402,7 +405,7 @@ def connect(address: Path, seconds: float) -> tuple[socket.socket, str]:
 
     Raises OSError where nobody serves it, ValueError where the file with port and token is not one.
     """
-    if address.suffix != ".json":
+    if sys.platform != "win32" and address.suffix != ".json":
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(seconds)

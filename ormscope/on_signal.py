@@ -94,6 +94,8 @@ class SignalReport:
         self.close()
 
     def _start(self) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError  # whose faulthandler knows no signals
         reader, writer = os.pipe()
         try:
             # A full pipe says the same once more; a handler must not wait for it.
@@ -123,6 +125,8 @@ class SignalReport:
             os.close(descriptor)
 
     def _write_whenever(self, reader: int, writer: int) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError  # whose faulthandler knows no signals
         try:
             while True:
                 os.read(reader, _MOST_BYTES)
@@ -149,6 +153,8 @@ class SignalReport:
 
 
 def _register(signum: int, writer: int) -> None:
+    if sys.platform == "win32":
+        raise NotImplementedError  # whose faulthandler knows no signals
     handler = signal.getsignal(signum)
     if signum in _before and handler is not _before[signum]:
         if threading.current_thread() is not threading.main_thread():
@@ -164,6 +170,8 @@ def _register(signum: int, writer: int) -> None:
 
 def _unregister(signum: int) -> None:
     """faulthandler brings back the handler that it found, also where Python has set another one since."""
+    if sys.platform == "win32":
+        raise NotImplementedError  # whose faulthandler knows no signals
     handler = signal.getsignal(signum)
     if handler is _before[signum]:
         faulthandler.unregister(signum)
@@ -189,6 +197,8 @@ def _reports() -> str:
 @functools.cache
 def _follow_forks() -> None:
     """Called once: what is registered here stays for ever."""
+    if sys.platform == "win32":
+        raise NotImplementedError  # whose faulthandler knows no signals
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork
     )

@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("check", ["ruff check", "ruff format --check --diff", "mypy"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "ruff check",
+        "ruff format --check --diff",
+        "mypy",
+        "mypy --platform=darwin",
+        "mypy --platform=win32",
+    ],
+)
 def test_code_style(check: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", *check.split()], cwd=ROOT, capture_output=True, text=True

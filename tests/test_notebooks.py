@@ -7,6 +7,7 @@ what needs no run, and shows that both can fail.
 from __future__ import annotations
 
 import ast
+import copy
 import os
 import random
 import re
@@ -380,6 +381,16 @@ def test_a_cell_that_fails(command: str, checkout: Path) -> None:
     assert done.stderr == "99_fails.ipynb: a cell failed: ZeroDivisionError: division by zero\n"
     assert path.read_bytes() == before
     assert not (checkout / "executed" / path.name).exists()
+
+
+def test_a_kernel_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = copy.deepcopy(notebooks.SETTINGS)
+    settings.NotebookClient.startup_timeout = 0
+    monkeypatch.setattr(notebooks, "SETTINGS", settings)
+    with pytest.raises(
+        notebooks.CellFailed, match="the kernel did not start: Kernel didn't respond"
+    ):
+        notebooks.execute(LESSONS[0])
 
 
 def test_a_lesson_that_is_not_there(checkout: Path) -> None:

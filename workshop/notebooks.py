@@ -7,6 +7,7 @@ of the solution and the exercise with the same number, which it makes anew.
 from __future__ import annotations
 
 import argparse
+import atexit
 import subprocess
 import sys
 import time
@@ -52,7 +53,8 @@ def execute(
     """The notebook at `path`, executed from the first cell to the last in a fresh kernel.
 
     `report` is called after each code cell with its number, how many there are, the cell, and the seconds
-    that it took. Raises CellFailed when a cell raises, lasts longer than two minutes, or ends the kernel.
+    that it took. Raises CellFailed when a cell raises, lasts longer than two minutes, or ends the kernel, and where
+    the kernel does not start.
     """
     notebook: NotebookNode = nbformat.read(path, as_version=4)
     code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
@@ -86,6 +88,12 @@ def execute(
         raise CellFailed(f"{path.name}: a cell did not end within {CELL_TIMEOUT} s.") from error
     except DeadKernelError as error:
         raise CellFailed(f"{path.name}: the kernel died.") from error
+    except (RuntimeError, AssertionError) as error:
+        # As where the loopback network is down; nbclient then takes the kernel down twice, and again
+        # when Python ends, though it asserts that there is one.
+        atexit.unregister(client._cleanup_kernel)
+        reason = error.__context__ if isinstance(error, AssertionError) else error
+        raise CellFailed(f"{path.name}: the kernel did not start: {reason}.") from error
     notebook.metadata = NotebookNode(
         kernelspec={
             "display_name": "Python 3 (ipykernel)",

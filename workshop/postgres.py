@@ -238,7 +238,9 @@ def _place_for_copies(account: Account | None) -> tuple[Path, bool]:
         return platformdirs.user_cache_path(APPLICATION, appauthor=False), True
     place = platformdirs.site_cache_path(APPLICATION, appauthor=False)
     place.mkdir(parents=True, exist_ok=True)
-    if place.lstat().st_uid != os.geteuid():  # a link, too: on macOS everybody may write there
+    if (
+        sys.platform != "win32" and place.lstat().st_uid != os.geteuid()
+    ):  # a link, too: on macOS everybody may write there
         raise PermissionError(errno.EPERM, "belongs to somebody else; remove it", str(place))
     return place, True
 

@@ -101,7 +101,7 @@ class Private:
         except postgres.NoServer as error:
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
-            if "could not look up effective user" in str(error):
+            if sys.platform != "win32" and "could not look up effective user" in str(error):
                 raise Mistake(
                     f"PostgreSQL runs for users with a name only, and this machine has none for "
                     f"{os.geteuid()}. Start the container as a user whom it knows, or add this one "

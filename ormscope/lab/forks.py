@@ -69,6 +69,8 @@ class Forked:
 
     def kill(self) -> None:
         """End it and its group. Its number is its own until `wait`, for nobody else may learn of its end before."""
+        if sys.platform == "win32":
+            raise NotImplementedError  # nobody forks there
         os.killpg(self.pid, 9)
 
     def wait(self) -> int:
@@ -103,6 +105,8 @@ class ForkServer:
 
         Raises OSError where the server has ended.
         """
+        if sys.platform == "win32":
+            raise NotImplementedError  # nobody forks there
         message = " ".join([_FORK.decode(), *_preloaded]).encode()
         with self._lock:
             socket.send_fds(self._channel, [message], streams)
@@ -180,6 +184,8 @@ def forked() -> Process:
 
 def serve_forks() -> None:
     """Fork this process whenever it is asked for, and return in each of the new ones; end with who asks."""
+    if sys.platform == "win32":
+        raise NotImplementedError  # nobody forks there
     channel = socket.socket(fileno=int(sys.argv[-1]))
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _LONGEST_MESSAGE, 3)
