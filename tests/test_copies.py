@@ -61,7 +61,7 @@ def edit(path: Path, change: Callable[[NotebookNode], object]) -> None:
 
 
 def predict(notebook: NotebookNode) -> None:
-    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("my_prediction = None")]
+    cell = next(cell for cell in notebook.cells if cell.source.startswith("my_prediction = None"))
     cell.source = "my_prediction = 42"
 
 
