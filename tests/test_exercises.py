@@ -466,9 +466,9 @@ def test_an_exercise_shows_what_to_expect(number: str) -> None:
     assert all(alternative.search(cell.source) for cell in expected)
 
 
-def test_the_pictures_of_exercise_07_tell_what_was_told() -> None:
+def test_the_pictures_of_exercise_08_tell_what_was_told() -> None:
     """A watcher changes no curve, so they lay its answers on the truth."""
-    exercise = generator_module.generated(nbformat.read(exercises.path_of("07"), as_version=4))
+    exercise = generator_module.generated(nbformat.read(exercises.path_of("08"), as_version=4))
     metrics, pages = (cell.source for cell in exercise.cells if cell.get("attachments"))
     assert "as given: 13 of 24 numbers wrong; yours: 0 of 24" in metrics
     assert "as given: right in 11 of 24 situations; yours: right in 24 of 24" in pages
