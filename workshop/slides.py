@@ -7,7 +7,6 @@ the stored ones; nothing is executed. Sphinx and reveal.js come as for the websi
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -153,31 +152,26 @@ def _labelled(label: str, paragraphs: Sequence[str]) -> str:
 
 
 def _source(cell: Cell) -> str:
-    """Links lead into the kit, where a slide is not; their words stay."""
-    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", "".join(cell["source"]))
+    """Links of prose lead into the kit, where a slide is not; their words stay."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "code":
+        return source
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", source)
 
 
-def write(folder: Path) -> list[Path]:
-    """Write the slides of each lesson as MyST, and a page that names them; returns the lessons' files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+def write(folder: Path) -> None:
+    """Write the slides of each lesson as MyST, and a page that names them."""
+    links = []
     for lesson in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = json.loads(lesson.read_text("utf-8"))["cells"]
         page = (ROOT / "instructor" / f"{lesson.stem}.md").read_text("utf-8")
-        page = page.partition("\n\n")[2]
-        path = folder / f"{lesson.stem}.md"
-        path.write_text("\n".join(map(str, slides_of(cells, page))), "utf-8")
-        written.append(path)
-    links = [f"* [{path.stem[:2]} {_title(path)}](./{path.stem}.md)" for path in written]
-    index = ["# SQLAlchemy under load", "Key S shows the speaker's notes.", "## Lessons", *links]
-    (folder / "index.md").write_text(
-        "\n\n".join(index[:3]) + "\n\n" + "\n".join(links) + "\n", "utf-8"
-    )
-    return written
-
-
-def _title(path: Path) -> str:
-    return path.read_text("utf-8").splitlines()[0].removeprefix(f"# {path.stem[:2]} ")
+        slides = slides_of(
+            json.loads(lesson.read_text("utf-8"))["cells"], page.partition("\n\n")[2]
+        )
+        (folder / f"{lesson.stem}.md").write_text("\n".join(map(str, slides)), "utf-8")
+        links.append(f"* [{slides[0].title}](./{lesson.stem}.md)")
+    first = Slide("SQLAlchemy under load", "Key S shows the speaker's notes.", 1)
+    lessons = Slide("Lessons", "\n".join(links), 2)
+    (folder / "index.md").write_text(f"{first}\n{lessons}", "utf-8")
 
 
 def build(into: Path) -> int:
@@ -191,13 +185,7 @@ def build(into: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build them, and say where they are."""
-    parser = argparse.ArgumentParser(prog="lab.py slides", description=__doc__)
-    parser.add_argument("--into", type=Path, default=FOLDER / "built", metavar="FOLDER")
-    into = parser.parse_args(arguments).into
-    status = build(into)
-    if status == 0:
-        print(f"The slides are in {into}; open {into / 'index.html'}")
-    return status
+    return website.command("slides", __doc__, build, FOLDER / "built", "index.html", arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,15 +29,27 @@ def build(into: Path) -> int:
     return sphinx("html", FOLDER, ROOT, into)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build it, and say where it is."""
-    parser = argparse.ArgumentParser(prog="lab.py website", description=__doc__)
-    parser.add_argument("--into", type=Path, default=FOLDER / "built", metavar="FOLDER")
+def command(
+    name: str,
+    description: str | None,
+    build: Callable[[Path], int],
+    folder: Path,
+    first: str,
+    arguments: Sequence[str] | None,
+) -> int:
+    """What `lab.py NAME` does: build into `folder`, or where --into says, and tell which page is the first."""
+    parser = argparse.ArgumentParser(prog=f"lab.py {name}", description=description)
+    parser.add_argument("--into", type=Path, default=folder, metavar="FOLDER")
     into = parser.parse_args(arguments).into
     status = build(into)
     if status == 0:
-        print(f"The website is in {into}; open {into / 'README.html'}")
+        print(f"The {name} can be opened: {into / first}")
     return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build it, and say where it is."""
+    return command("website", __doc__, build, FOLDER / "built", "README.html", arguments)
 
 
 if __name__ == "__main__":
