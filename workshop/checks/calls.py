@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import wraps
+from itertools import count
 from typing import Any, NoReturn
 
 from sqlalchemy import event
@@ -101,6 +102,8 @@ class Holds:
         self.at_work: set[int | None] = set()
         self.is_slow: Callable[[int | None, str], bool] = lambda call, statement: False
         self._by: dict[ConnectionPoolEntry, int | None] = {}
+        self._numbers: dict[ConnectionPoolEntry, int] = {}
+        self._checkouts = count()
         self._tasks: dict[ConnectionPoolEntry, asyncio.Task[Any] | None] = {}
         event.listen(engine.sync_engine, "checkout", self._checked_out)
         event.listen(engine.sync_engine, "checkin", self._checked_in)
@@ -111,6 +114,10 @@ class Holds:
     def count(self, call: int | None) -> int:
         """How many connections a call has now."""
         return sum(holder == call for holder in self._by.values())
+
+    def checkouts(self, call: int | None) -> set[int]:
+        """The numbers of the checkouts that a call has now; a connection that is taken anew has another."""
+        return {self._numbers[entry] for entry, holder in self._by.items() if holder == call}
 
     def end(self, call: int) -> None:
         """Note that a call has ended."""
@@ -123,6 +130,7 @@ class Holds:
     def _checked_out(self, connection: Any, entry: ConnectionPoolEntry, proxy: Any) -> None:
         call = self._by[entry] = current_call.get()
         self._tasks[entry] = asyncio.current_task()
+        self._numbers[entry] = next(self._checkouts)
         self._note_work(call)
         if call is not None:
             self.most = max(self.most, self.count(call))
@@ -130,6 +138,7 @@ class Holds:
     def _checked_in(self, connection: Any, entry: ConnectionPoolEntry) -> None:
         self._by.pop(entry, None)
         self._tasks.pop(entry, None)
+        self._numbers.pop(entry, None)
         entry.info.pop(_IN_USE, None)
 
     def _begins(

@@ -35,6 +35,7 @@ _SLOW_TABS = (1, 1, 0)  # how many events they read
 _LATE_TABS = 2
 _LOOK_SECONDS = 0.01
 _LOOKS = 5
+_HOLD_SECONDS = 0.15  # that a page has one and the same checkout; a query is over long before
 QUIET_SECONDS = 0.6  # in which nothing changes, and a page has nothing to ask
 _SETTLE_SECONDS = 0.15
 _PHASE_SECONDS = 1.5  # for those who time out; all others have settled long before
@@ -174,10 +175,14 @@ async def _let_orders_change(
                 await others.execute(change, status, [page.order for page in pages])
                 news.tell()
             await _settled(pages, status, news, phase)
-            held = {*range(len(pages))}
+            held = {call: holds.checkouts(call) for call in range(len(pages))}
             for _ in range(_LOOKS):
-                held = {call for call in held if pages[call].is_open and holds.count(call)}
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_HOLD_SECONDS / _LOOKS)
+                held = {
+                    call: same
+                    for call in held
+                    if pages[call].is_open and (same := held[call] & holds.checkouts(call))
+                }
             found["slow"] += sum(pages[call].is_blocked for call in held)
             found["idle"] += sum(not pages[call].is_blocked for call in held)
             if status == STATUSES[0]:
