@@ -514,6 +514,14 @@ def test_the_gate_covers_every_notebook() -> None:
     }
 
 
+@each_notebook
+def test_it_brings_itself_back_by_its_own_number(path: Path) -> None:
+    """Numbers change when a lesson comes between; a command that is copied from here must name this notebook."""
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    named = re.findall(r"lab\.py reset (?:--lesson )?(\d\d)", text)
+    assert {*named} <= {path.name[:2]}
+
+
 # That nothing is left
 
 

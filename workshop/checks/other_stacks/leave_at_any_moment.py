@@ -17,7 +17,7 @@ from workshop.checks.lent import Conditions
 from workshop.checks.task import Task
 from workshop.strikes import strike
 
-_PATIENCE = 1.0  # seconds, until a call counts as stuck
+_PATIENCE = 1.0  # seconds, until a call counts as stuck where nothing is slow
 _QUIET = 0.2  # seconds, for what was begun for customers who have gone
 _FIRST = 1000  # the first household of those who stay; those who leave are below
 
@@ -27,10 +27,11 @@ class Visits(Evidence):
     """What became of those who left, and of those who came after them.
 
     `ends` tells for each moment at which a call was cancelled how it ended, see `strike`. `stuck_after` is the moment
-    after which the next customer had no answer; 0 where all had one. Of `stayed` customers so many had no order when
+    after which the next customer had no answer within `patience` seconds; 0 where all had one. Of `stayed` customers so many had no order when
     their call returned, as `early`; in the end there are `halves`, which are not reserved, and `twice` as second ones.
     """
 
+    patience: float
     ends: list[str] = field(default_factory=list)
     stuck_after: int = 0
     stayed: int = 0
@@ -45,15 +46,15 @@ async def come_and_go(
     """A customer leaves at the first `await`, another one stays; the next leaves at the second; and so on."""
     from workshop.tortoise_shop import Order
 
-    path, seen = stacks.sqlite_shop(), Visits()
+    path, seen = stacks.sqlite_shop(), Visits(patience=_PATIENCE * conditions.slowness)
 
     async def visits(_: int) -> None:
         await reserve(_FIRST)  # if that does not end, it has nothing to do with those who leave
         for moment in range(1, moments + 1):
-            seen.ends.append(await strike(reserve(moment), moment, _PATIENCE))
+            seen.ends.append(await strike(reserve(moment), moment, seen.patience))
             staying = asyncio.create_task(reserve(_FIRST + moment))
             seen.stayed += 1
-            done, _pending = await asyncio.wait([staying], timeout=_PATIENCE)
+            done, _pending = await asyncio.wait([staying], timeout=seen.patience)
             stuck = not done or isinstance(staying.exception(), TimeoutError)
             if stuck and "cancelled" in seen.ends:
                 staying.cancel()
@@ -91,7 +92,7 @@ def lost(run: Recording, seen: Visits) -> Iterator[Finding]:
         yield Finding(
             "async-with-gives-it-back",
             f"A customer left at the {_ordinal(seen.stuck_after)} moment at which your code waits, and the next one had"
-            f" no answer after {_PATIENCE:g} s.",
+            f" no answer after {seen.patience:g} s.",
         )
 
 
