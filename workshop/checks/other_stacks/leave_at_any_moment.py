@@ -27,8 +27,9 @@ class Visits(Evidence):
     """What became of those who left, and of those who came after them.
 
     `ends` tells for each moment at which a call was cancelled how it ended, see `strike`. `stuck_after` is the moment
-    after which the next customer had no answer within `patience` seconds; 0 where all had one. Of `stayed` customers so many had no order when
-    their call returned, as `early`; in the end there are `halves`, which are not reserved, and `twice` as second ones.
+    after which the next customer had no answer within `patience` seconds; 0 where all had one. Of `stayed` customers
+    so many had no order when their call returned, as `early`; in the end there are `halves`, which are not reserved,
+    and `twice` as second ones.
     """
 
     patience: float
