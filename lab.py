@@ -17,6 +17,8 @@ python3 lab.py new exercise NN name     for maintainers: write the files of a ne
 python3 lab.py bundle [SYSTEM ...]      pack the kit with its packages, for a room without network
 python3 lab.py website                  build the website from what the notebooks have stored
 python3 lab.py slides                   build slides of each lesson, with speaker's notes
+python3 lab.py hub [JupyterHub options] a JupyterHub with a seat for each learner, on one machine
+python3 lab.py rehearse --seats 30      try such a room here: what it takes, and whether it holds
 python3 lab.py remove                   take away what the kit keeps outside of this folder
 
 The first start makes the environment .venv in this folder from requirements.lock, with uv where
@@ -68,6 +70,8 @@ COMMANDS = {
     "bundle": ["workshop.bundle"],
     "website": ["workshop.website"],
     "slides": ["workshop.slides"],
+    "hub": ["workshop.hub"],
+    "rehearse": ["workshop.rehearse"],
 }
 # What uv or pip say of a certificate that none of those they trust has signed, as where a company
 # inspects TLS, and what makes them trust all that this machine trusts. uv calls its switch so since
@@ -137,7 +141,7 @@ def main(arguments):
 def fingerprint():
     """What the environment is made of: another lock or folder, or another Python in it, wants a new one.
 
-    The Python that runs this file need not be that one.
+    The Python that runs this file need not be that one, and in a seat of a hub .venv is a link to the kit's.
     """
     question = "import sys; print(sys.version, sys.base_prefix, sep='\\n')"
     ask = [str(PYTHON), "-I", "-S", "-X", "utf8", "-c", question]
@@ -145,7 +149,7 @@ def fingerprint():
         python = subprocess.check_output(ask, stderr=subprocess.DEVNULL, encoding="utf-8").strip()
     except (OSError, subprocess.CalledProcessError) as error:  # removed, or of another machine
         python = str(error)
-    sources = [LOCK.read_bytes().hex(), python, str(ROOT)]
+    sources = [LOCK.read_bytes().hex(), python, str(VENV.resolve().parent)]
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 

