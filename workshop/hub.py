@@ -19,6 +19,7 @@ FOLDER = ROOT / "hub"
 STATE = FOLDER / "state"
 _PROXY = FOLDER / "node_modules" / "configurable-http-proxy"
 _NOBODY = 65534
+_PRIVATE = ("/tmp", "/var/tmp")  # under systemd, each seat has its own
 _MOST_SHOWN = 300
 
 
@@ -31,6 +32,7 @@ def prepare() -> dict[str, str]:
         raise Mistake("the seats are users of Linux; take a machine that runs it")
     if os.geteuid() != 0:
         raise Mistake("only root can make a user for each seat: sudo python3 lab.py hub")
+    is_private = any(ROOT.is_relative_to(folder) for folder in _PRIVATE)
     ask = [sys.executable, "-c", f"open({str(FOLDER / 'seat.py')!r})"]
     try:
         subprocess.run(ask, cwd="/", user=_NOBODY, extra_groups=[], capture_output=True, check=True)

@@ -439,9 +439,10 @@ def _take_away(state: Path, ports: Sequence[int]) -> list[str]:
     theirs = [path for place in places for path in place.iterdir() if _owner(path) in uids]
     found += map(str, theirs)
     for name in users:
-        subprocess.run(["userdel", name], capture_output=True, check=False)
+        subprocess.run(["userdel", "--remove", name], capture_output=True, check=False)
     shutil.rmtree(state)
     found += [f"user {name}" for name in _users()]
+    found += [str(user.home) for user in users.values() if user.home.exists()]
     return found
 
 
@@ -463,14 +464,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"there are users of a rehearsal already: is one at work? If not: userdel {others[0]}, and so on"
         )
     state = Path(tempfile.mkdtemp(prefix="workshop-rehearsal-"))
-    state.chmod(0o755)  # the homes are in it
-    (state / "hub").mkdir(mode=0o700)
-    (state / "homes").mkdir(mode=0o755)
     ports = [free_port() for _ in range(3)]
     address = f"http://127.0.0.1:{ports[0]}"
     environ |= {
-        "HUB_STATE": str(state / "hub"),
-        "HUB_HOMES": str(state / "homes"),
+        "HUB_STATE": str(state),
         "HUB_PREFIX": _PREFIX,
         "HUB_SEATS": str(options.seats),
         "HUB_ADDRESS": address,
@@ -478,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "HUB_PROXY_PORT": str(ports[2]),
         "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(16),
     }
-    log = state / "hub" / "log.txt"
+    log = state / "log.txt"
     print(f"{_machine()}: {options.seats} seats", flush=True)
     is_well = False
     with open(log, "wb") as file:
@@ -493,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         _await_answer(address, process, log)
-        lines = (state / "hub" / "passwords.txt").read_text().splitlines()
+        lines = (state / "passwords.txt").read_text().splitlines()
         passwords = dict(line.split() for line in lines)
         is_well = asyncio.run(
             _in_room(address, passwords, [known[n] for n in options.lessons], options)
