@@ -37,10 +37,12 @@ def prepare() -> dict[str, str]:
     try:
         subprocess.run(ask, cwd="/", user=_NOBODY, extra_groups=[], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
+        is_private = True
+    if is_private:
         raise Mistake(
             f"a seat could not read {ROOT}, or not run {os.path.realpath(sys.executable)}: put the kit where all can"
             " read it, as in /opt, and start it with a Python that all can run, as /usr/bin/python3"
-        ) from None
+        )
     if not _PROXY.is_dir():
         _node("npm", "ci", "--no-audit", "--no-fund")
     return {"HUB_NODE": _node("node", "--print", "process.execPath").strip()}
