@@ -30,7 +30,7 @@ PARTS = [
 ]
 MOST_WORDS = 450  # of a page
 AGENDAS = {
-    title: (int(total), re.findall(r"^\| (\d+) \| (.+) \|$", rows, re.MULTILINE))
+    title: (int(total), re.findall(r"^\| \d:\d\d \| (\d+) \| (.+) \|$", rows, re.MULTILINE))
     for title, total, rows in re.findall(
         r"^### ([^\n]+): (\d+) minutes$(.*?)(?=^##|\Z)", GUIDE, re.MULTILINE | re.DOTALL
     )
@@ -94,6 +94,15 @@ def test_an_agenda_ends_when_it_says(title: str) -> None:
     total, rows = AGENDAS[title]
     assert sum(int(minutes) for minutes, _ in rows) == total
     assert any("Break" in what for _, what in rows)
+
+
+def test_an_agenda_has_its_clock() -> None:
+    """A row begins when those before it are over."""
+    clock = 0
+    for hours, minutes, takes in re.findall(r"^\| (\d):(\d\d) \| (\d+) \| ", GUIDE, re.MULTILINE):
+        clock = 0 if (hours, minutes) == ("0", "00") else clock
+        assert int(hours) * 60 + int(minutes) == clock
+        clock += int(takes)
 
 
 @pytest.mark.parametrize("title", AGENDAS)

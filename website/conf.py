@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 project = "SQLAlchemy under load"
@@ -19,6 +20,7 @@ include_patterns = [
     "exercises/*.ipynb",
     "ormscope/*.md",
     "instructor/*.md",
+    "hub/README.md",
     "data/README.md",
 ]
 exclude_patterns = ["**/.ipynb_checkpoints"]
@@ -38,12 +40,19 @@ html_css_files = ["website.css"]
 html_extra_path = ["pages"]  # sends whoever asks for no page to the first one
 html_context = {"default_mode": "auto"}
 html_copy_source = False
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+VERDICTS = README.partition("## An article on trial\n")[2].partition("\n## ")[0]
 suppress_warnings = ["myst.header"]  # the glossary's terms stand right below its title
 
 
-def _translate_notebook(_app: Any, document: str, source: list[str]) -> None:
-    """Say in Sphinx's way what only Jupyter knows: links to a cell, and pictures that a cell has attached."""
+def _translate(_app: Any, document: str, source: list[str]) -> None:
+    """Say in Sphinx's way what only Jupyter knows: links to a cell, and pictures that a cell has attached.
+
+    The page of the article's verdicts is what the README says of them.
+    """
     text = source[0]
+    if document == "website/verdicts":
+        text += VERDICTS
     if document.startswith(("notebooks/", "exercises/")) and text.lstrip().startswith("{"):
         notebook = json.loads(text)
         cells = []
@@ -63,4 +72,4 @@ def _translate_notebook(_app: Any, document: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", _translate_notebook)
+    app.connect("source-read", _translate)
