@@ -68,6 +68,7 @@ c.ConfigurableHTTPProxy.pid_file = str(STATE / "proxy.pid")
 c.ConfigurableHTTPProxy.command = [
     os.environ["HUB_NODE"],
     str(KIT / "hub/node_modules/configurable-http-proxy/bin/configurable-http-proxy"),
+    "--log-level=warn",
 ]
 
 # Limits for each seat. Only systemd holds them; without it, one seat can take the memory of all.

@@ -55,6 +55,7 @@ def _node(*command: str) -> str:
     done = subprocess.run(
         [*uv, "--with-requirements", requirements, *command],
         cwd=FOLDER,
+        env=os.environ | {"NODE_USE_SYSTEM_CA": "1"},  # where a company inspects TLS
         capture_output=True,
         encoding="utf-8",
         errors="replace",
