@@ -10,7 +10,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lesson_minutes import MINUTES_OF_RUNS, on_call, predicting, reading, up_to_five
+from lesson_minutes import (
+    MINUTES_OF_RUNS,
+    WORDS_PER_MINUTE,
+    on_call,
+    predicting,
+    reading,
+    up_to_five,
+)
 from playwright.sync_api import Browser
 
 from workshop import db
@@ -87,6 +94,20 @@ def test_the_sections_that_a_page_names_exist(path: Path) -> None:
     )
     named = [name for part in parts for name in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", part)]
     assert {name.replace("`", "") for name in named} <= headings, named
+
+
+def test_an_hour_is_enough_to_prepare() -> None:
+    """What is to be read takes as long as it says, lesson 01 as long as it says itself, and all less than an hour."""
+    hour = re.search(r"^\*\*With an hour\*\* .+$", GUIDE, re.MULTILINE)
+    assert hour is not None
+    to_read, lesson, slides = map(int, re.findall(r"\((\d+) minutes\)", hour.group()))
+    pages = [
+        GUIDE,
+        *(path.read_text("utf-8") for path in sorted((ROOT / "instructor").glob("0[0-3]_*.md"))),
+    ]
+    assert sum(len(page.split()) for page in pages) / WORDS_PER_MINUTE <= to_read
+    assert f"**Time.** {lesson} minutes" in nbformat.read(LESSONS[1], as_version=4).cells[0].source
+    assert to_read + lesson + slides < 60
 
 
 @pytest.mark.parametrize("title", AGENDAS)
