@@ -62,7 +62,7 @@ c.JupyterHub.bind_url = os.environ.get("HUB_ADDRESS", "http://0.0.0.0:8000")
 c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{os.environ.get('HUB_PORT', '8081')}"
 c.JupyterHub.db_url = f"sqlite:///{STATE / 'jupyterhub.sqlite'}"
 c.JupyterHub.cookie_secret_file = str(STATE / "cookie_secret")
-c.JupyterHub.concurrent_spawn_limit = 10  # a room comes all at once
+c.JupyterHub.concurrent_spawn_limit = 0  # a room comes all at once, and nobody is to be sent away
 c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{os.environ.get('HUB_PROXY_PORT', '8001')}"
 c.ConfigurableHTTPProxy.pid_file = str(STATE / "proxy.pid")
 c.ConfigurableHTTPProxy.command = [
@@ -85,6 +85,6 @@ c.Spawner.args = [
     "--MappingKernelManager.cull_idle_timeout=3600",
     "--ServerApp.shutdown_no_activity_timeout=7200",
 ]
-c.Spawner.start_timeout = 120
-c.Spawner.http_timeout = 120
+c.Spawner.start_timeout = 300  # when all start at once, on few cores
+c.Spawner.http_timeout = 300
 c.Spawner.default_url = "/lab/tree/my_notebooks/00_start_here.ipynb"

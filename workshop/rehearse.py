@@ -38,7 +38,7 @@ from workshop.keeper import free_port
 from workshop.mistake import Mistake
 
 _PREFIX = "rehearsal"
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0  # as the hub gives a seat
 _CELL_SECONDS = 300.0  # more than the slowest cell takes in a crowd
 _END_SECONDS = 60.0
 _LOOK_SECONDS = 5.0
