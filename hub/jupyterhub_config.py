@@ -1,7 +1,7 @@
 """A room of seats on one machine: each is a user of the system's, with a home that nobody else can read.
 
-`sudo python3 lab.py hub` starts it, and hub/README.md says what it needs and what it keeps apart. What differs from
-room to room comes from the environment, and any option of JupyterHub's from the command line.
+`sudo python3 lab.py hub` starts it, and hub/README.md says what it needs and what it keeps apart. How many
+seats there are comes from the environment, and any option of JupyterHub's from the command line, which comes first.
 """
 
 import hmac
@@ -16,7 +16,6 @@ c = get_config()  # noqa: F821  # JupyterHub's
 
 KIT = Path(__file__).resolve().parent.parent
 STATE = Path(os.environ.get("HUB_STATE", KIT / "hub" / "state"))
-HOMES = os.environ.get("HUB_HOMES", "/home")
 PREFIX = os.environ.get("HUB_PREFIX", "seat")
 SEATS = [f"{PREFIX}-{number:02}" for number in range(1, int(os.environ.get("HUB_SEATS", "30")) + 1)]
 INSTRUCTOR = f"{PREFIX}-instructor"
@@ -54,16 +53,14 @@ c.Authenticator.allowed_users = {*SEATS, INSTRUCTOR}
 c.Authenticator.admin_users = {INSTRUCTOR}  # sees at /hub/admin who is there, and restarts seats
 c.LocalAuthenticator.create_system_users = True
 c.LocalAuthenticator.add_user_cmd = [
-    *("useradd", "--create-home", "--base-dir", HOMES, "--shell", "/bin/bash"),
+    *("useradd", "--create-home", "--shell", "/bin/bash"),
     *("--key", "HOME_MODE=0700"),
 ]
 
-c.JupyterHub.bind_url = os.environ.get("HUB_ADDRESS", "http://0.0.0.0:8000")
-c.JupyterHub.hub_bind_url = f"http://127.0.0.1:{os.environ.get('HUB_PORT', '8081')}"
+c.JupyterHub.bind_url = "http://0.0.0.0:8000"
 c.JupyterHub.db_url = f"sqlite:///{STATE / 'jupyterhub.sqlite'}"
 c.JupyterHub.cookie_secret_file = str(STATE / "cookie_secret")
 c.JupyterHub.concurrent_spawn_limit = 0  # a room comes all at once, and nobody is to be sent away
-c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{os.environ.get('HUB_PROXY_PORT', '8001')}"
 c.ConfigurableHTTPProxy.pid_file = str(STATE / "proxy.pid")
 c.ConfigurableHTTPProxy.command = [
     os.environ["HUB_NODE"],

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ needs_root = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kit() -> Iterator[Path]:
     """A clone of the kit that seats can read, set up with a Python that they can run."""
     top = Path("/opt") / f"workshop-test-hub-{os.getpid()}"
     top.mkdir(mode=0o755)
@@ -69,21 +70,18 @@ def test_a_room_is_rehearsed(kit: Path) -> None:
 @needs_root
 def test_without_root_it_says_so(kit: Path) -> None:
     """In one line, and so does one whose folder or Python its seats could not use."""
-    ask = [
-        SYSTEMS_PYTHON,
-        "-c",
-        "import sys; sys.argv[1:] = []; import workshop.hub as h; h.prepare()",
-    ]
+    ask = [SYSTEMS_PYTHON, "-m", "workshop.hub"]
     asked: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": False}
     done = subprocess.run(ask, cwd=kit, user=NOBODY, extra_groups=[], **asked)
-    assert done.stderr.splitlines()[-1].endswith("sudo python3 lab.py hub")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("sudo python3 lab.py hub")
     kit.parent.chmod(0o700)
     try:
         done = subprocess.run(ask, cwd=kit, **asked)
     finally:
         kit.parent.chmod(0o755)
-    assert "a seat could not read" in done.stderr.splitlines()[-1]
-    assert "/opt" in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert "a seat could not read" in line and "/opt" in line
 
 
 def configured(state: Path, monkeypatch: pytest.MonkeyPatch, **environ: str) -> dict[str, Any]:

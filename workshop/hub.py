@@ -70,7 +70,7 @@ def _node(*command: str) -> str:
 def command(*options: str) -> list[str]:
     """The command that is the hub."""
     configuration = f"--config={FOLDER / 'jupyterhub_config.py'}"
-    return [sys.executable, "-m", "jupyterhub", configuration, *options]
+    return [sys.executable, "-m", "jupyterhub", configuration, "--log-level=WARN", *options]
 
 
 def main(options: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def main(options: Sequence[str]) -> None:
     environ = os.environ | prepare()
     print(f"The seats and their passwords: {STATE / 'passwords.txt'}", flush=True)
     os.chdir(FOLDER)
-    os.execve(sys.executable, command("--log-level=WARN", *options), environ)
+    os.execve(sys.executable, command(*options), environ)
 
 
 if __name__ == "__main__":

@@ -470,9 +470,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "HUB_STATE": str(state),
         "HUB_PREFIX": _PREFIX,
         "HUB_SEATS": str(options.seats),
-        "HUB_ADDRESS": address,
-        "HUB_PORT": str(ports[1]),
-        "HUB_PROXY_PORT": str(ports[2]),
         "CONFIGPROXY_AUTH_TOKEN": secrets.token_hex(16),
     }
     log = state / "log.txt"
@@ -480,7 +477,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_well = False
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            hub.command("--log-level=WARN"),
+            hub.command(
+                f"--JupyterHub.bind_url={address}",
+                f"--JupyterHub.hub_bind_url=http://127.0.0.1:{ports[1]}",
+                f"--ConfigurableHTTPProxy.api_url=http://127.0.0.1:{ports[2]}",
+            ),
             cwd=hub.FOLDER,
             env=os.environ | environ,
             stdin=subprocess.DEVNULL,
