@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import sqlite3
+import sys
 import time
 import tracemalloc
+from pathlib import Path
+from types import FrameType
 
 from helpers import SELECT, run, until
 from random_systems import connect_to_nothing
@@ -14,11 +17,15 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
+import ormscope
 from ormscope import PoolScope
 
 TASKS, EACH, PAIRS = 100, 10, 7
-# Measured: 1.2 of SQLAlchemy's own time with a driver that does nothing, the worst case; with PostgreSQL it is less.
-MOST_CPU = 1.5
+# Measured: 1.2 of SQLAlchemy's own time with a driver that does nothing, the worst case, and 1.6 on a busy
+# machine; with PostgreSQL it is less.
+MOST_CPU = 2.5
+# Measured: 30.3 calls of Python functions, 0.097 of all.
+MOST_CALLS, MOST_OF_CALLS = 36, 0.12
 
 
 async def storm(engine: AsyncEngine) -> float:
@@ -47,7 +54,11 @@ def engine_of_nothing() -> AsyncEngine:
 
 
 def test_a_checkout_costs_little_more_with_a_scope() -> None:
-    """The cheapest of several runs of each, in turns: whatever else the machine does only adds to a run."""
+    """The cheapest of several runs of each, in turns: whatever else the machine does only adds to a run.
+
+    It does not add evenly: what a scope does comes cold to a processor whose caches others fill. So
+    this bound is a wide one, and the test after this counts instead.
+    """
 
     async def main() -> tuple[float, float]:
         bare, watched = engine_of_nothing(), engine_of_nothing()
@@ -63,6 +74,35 @@ def test_a_checkout_costs_little_more_with_a_scope() -> None:
 
     without, with_scope = run(main())
     assert with_scope / without < MOST_CPU, f"{(with_scope - without) * 1e6:.0f} µs a checkout"
+
+
+def test_of_the_calls_for_a_checkout_few_are_the_scopes() -> None:
+    """Of some 310 Python calls for a checkout with one statement 30 are ours, on every machine and at every load."""
+    calls = {"ours": 0, "all": 0}
+    folder = str(Path(ormscope.__file__).parent)
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            calls["all"] += 1
+            calls["ours"] += frame.f_code.co_filename.startswith(folder)
+
+    async def main() -> int:
+        engine = engine_of_nothing()
+        scope = PoolScope(engine)
+        await storm(engine)  # opens the connections
+        before = scope.checkouts
+        sys.setprofile(count)
+        try:
+            await storm(engine)
+        finally:
+            sys.setprofile(None)
+        await engine.dispose()
+        return scope.checkouts - before
+
+    checkouts = run(main())
+    assert checkouts == TASKS * EACH
+    assert checkouts < calls["ours"] < MOST_CALLS * checkouts
+    assert calls["ours"] / calls["all"] < MOST_OF_CALLS
 
 
 def test_those_in_line_share_the_places_where_they_asked() -> None:
