@@ -20,11 +20,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, BinaryIO
 
 _SEND_SECONDS = 0.05
 _MOST_OF_A_CORE = 0.05  # what looking may take of it: with thousands in line each look takes longer
+
+
+@dataclass
+class _Watched:
+    """A scope, and what of it has been sent."""
+
+    scope: Any
+    deadlocks_sent: int = 0
+    verdict_sent: bool = False
+    troubles_sent: set[str] = field(default_factory=set)
 
 
 class Reporter:
@@ -34,10 +45,7 @@ class Reporter:
         self._stream = stream
         self._lock = threading.Lock()
         self._start = time.perf_counter()
-        self._scopes: list[Any] = []
-        self._deadlocks_sent: list[int] = []
-        self._verdict_sent: list[bool] = []
-        self._troubles_sent: list[set[str]] = []
+        self._watched: list[_Watched] = []
         self.loop_scope: Any = None
 
     def watch_every_engine(self) -> None:
@@ -57,11 +65,9 @@ class Reporter:
             original(dialect, engine)
             name = engine.pool.logging_name
             if name is None:
-                name = "pool" if not self._scopes else f"pool {len(self._scopes) + 1}"
-            self._scopes.append(PoolScope(engine, name, loop=self.loop_scope, samples=True))
-            self._deadlocks_sent.append(0)
-            self._verdict_sent.append(False)
-            self._troubles_sent.append(set())
+                name = "pool" if not self._watched else f"pool {len(self._watched) + 1}"
+            scope = PoolScope(engine, name, loop=self.loop_scope, samples=True)
+            self._watched.append(_Watched(scope))
 
         DefaultDialect.engine_created = classmethod(watched)  # type: ignore[method-assign,assignment]
 
@@ -103,24 +109,21 @@ class Reporter:
         self._stream.flush()
 
     def _collect(self, final: bool) -> dict[str, Any]:
-        from dataclasses import replace
-
         from ormscope.lab.storm import log
 
         pools = []
-        for number, scope in enumerate(self._scopes):
-            proved = scope.deadlocks[self._deadlocks_sent[number] :]
-            self._deadlocks_sent[number] += len(proved)
+        for watched in list(self._watched):  # the workload may create another one meanwhile
+            scope = watched.scope
+            proved = scope.deadlocks[watched.deadlocks_sent :]
+            watched.deadlocks_sent += len(proved)
             samples = _drained(scope.samples)
             # Where nothing moves, say why at once: the process may be killed before its last words.
-            stands_still = not samples and bool(scope.holders) and not self._verdict_sent[number]
+            stands_still = not samples and bool(scope.holders) and not watched.verdict_sent
             last = scope.verdict() if final else scope.verdict_now() if stands_still else None
-            self._verdict_sent[number] = stands_still or (
-                self._verdict_sent[number] and not samples
-            )
-            trouble = scope.trouble(known=self._troubles_sent[number])
+            watched.verdict_sent = stands_still or (watched.verdict_sent and not samples)
+            trouble = scope.trouble(known=watched.troubles_sent)
             if trouble is not None:
-                self._troubles_sent[number].add(trouble.cause)
+                watched.troubles_sent.add(trouble.cause)
             pools.append(
                 {
                     "name": scope.name,
