@@ -15,7 +15,7 @@ def test_what_is_proved_is_what_happens() -> None:
     # Else it could pass without having looked at anything.
     assert counts["stuck, of promised kinds"] > SYSTEMS / 5, str(figures)
     assert counts["proved"] > SYSTEMS / 5, str(figures)
-    assert counts["until a timer"] > 0, str(figures)  # 3 to 6, as the machine is; they are rare
+    assert counts["until a timer"] > 0, str(figures)  # they are rare: 3 to 5 in four runs
     assert counts["systems"] - counts["stuck"] > SYSTEMS / 5, str(figures)
     assert counts["missed among others only"] <= SYSTEMS / 50, str(figures)
     assert counts["times that a loop was late"] < SYSTEMS / 5, str(figures)

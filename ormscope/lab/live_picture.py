@@ -13,8 +13,7 @@ _LIVE_DPI = 90
 # moves any more there is nothing to disturb.
 _DRAWING_SHARE = 0.04
 _DRAWING_SHARE_STANDING = 0.5
-# Seconds without any event; on a busy machine, where a drawing takes longer than that, as long as it takes.
-_STANDING_AFTER = 0.15
+_STANDING_AFTER = 0.15  # seconds without any event
 _SHORTEST_PAUSE = 0.2  # seconds
 
 
@@ -38,7 +37,7 @@ class LivePicture:
         events += len(self._run.objects)
         if events != self._events:
             self._events, self._moved = events, now
-        if now - self._moved > max(_STANDING_AFTER, self._cost):
+        if now - self._moved > _STANDING_AFTER:
             self._next = min(self._next, self._last_end + self._pause(_DRAWING_SHARE_STANDING))
         if now >= self._next:
             self._show(_LIVE_DPI)
