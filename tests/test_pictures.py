@@ -45,7 +45,8 @@ from ormscope.ledger import Sample
 from ormscope.places import Place
 from ormscope.verdict import Holding, Verdict, Waiting
 from workshop import pictures
-from workshop.prometheus import Scrape, draw_watched, firing_of
+from workshop.monitor import draw_watched
+from workshop.prometheus import Scrape, firing_of
 
 LEAST_CONTRAST = 4.5  # of a text, WCAG 2.2, level AA
 COLORS = [CHECKED_OUT, WAITING, CAPACITY, COMPLETED, FAILED, LOOP_LAG, MEMORY, OBJECTS, OTHER]
