@@ -52,7 +52,7 @@ INSTALLED = VENV / "installed.stamp"  # written last: an environment without it 
 SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
-# Tests side by side, as tests/conftest.py groups them: for what does not measure time.
+# Tests side by side, as tests/conftest.py groups them; those that measure time run alone at the end.
 SIDE_BY_SIDE = ["--numprocesses=3", "--dist=loadfile"]
 COMMANDS = {
     "test": ["pytest"],
@@ -131,7 +131,7 @@ def main(arguments):
         with only_one():
             install()
     lock_environment()
-    if command == "test" and "--quick" in options:
+    if command == "test":
         options = [*SIDE_BY_SIDE, *options]  # whoever asks for another number gets it
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
