@@ -558,19 +558,22 @@ def test_a_connection_that_was_handed_on_is_no_deadlock(way: Way, url: str) -> N
 def test_a_dependency_in_a_worker_thread_is_no_deadlock(server: Server) -> None:
     """FastAPI's way: `def` dependencies take it in a thread, which goes on to the next; the endpoint is a task."""
     engine = create_engine(
-        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=10
+        server.url.replace("asyncpg", "psycopg"), pool_size=2, max_overflow=0, pool_timeout=PATIENCE
     )
-    scope = PoolScope(engine)
+    scope, wanted = PoolScope(engine), "held across a foreign await"
 
     async def main() -> tuple[list[Verdict], int]:
         loop, found, served = asyncio.get_running_loop(), [], 0
         workers, closers = ThreadPoolExecutor(2), ThreadPoolExecutor(2)
+        seen = asyncio.Event()
 
         async def request() -> None:
             nonlocal served
             for _ in range(2):
                 connection = await loop.run_in_executor(workers, engine.connect)
                 await asyncio.sleep(1.0)
+                while not seen.is_set():  # a look takes long on a busy machine
+                    await asyncio.sleep(1.0)
                 await loop.run_in_executor(closers, connection.close)
                 served += 1
 
@@ -578,15 +581,14 @@ def test_a_dependency_in_a_worker_thread_is_no_deadlock(server: Server) -> None:
         while not all(task.done() for task in requests):
             await asyncio.sleep(0.1)
             found.append(await asyncio.to_thread(scope.verdict))
+            if found[-1].cause == wanted:
+                seen.set()
         return found, served
 
     found, served = run(main())
     engine.dispose()
     assert (served, scope.deadlocks) == (8, [])
-    assert "held across a foreign await" in {verdict.cause for verdict in found}, "\n".join(
-        map(str, found)
-    )
-    held = next(verdict for verdict in found if verdict.cause == "held across a foreign await")
+    held = next(verdict for verdict in found if verdict.cause == wanted)
     assert "request: await asyncio.sleep(1.0)" in str(held)
 
 
@@ -1012,7 +1014,7 @@ def test_the_end_of_a_session_that_begins_is_followed(url: str) -> None:
     """`async with Session.begin()` ends in a task of its own that SQLAlchemy shields."""
 
     async def main() -> Verdict | None:
-        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=2)
+        engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=6)
         scope, sessions = PoolScope(engine), async_sessionmaker(engine)
 
         async def order() -> None:

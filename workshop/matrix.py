@@ -205,7 +205,7 @@ def main() -> int:
                     outcome.python = python
                 rows.setdefault((python, series), {})[loop] = outcome
                 about = f"Python {outcome.python}, SQLAlchemy {outcome.sqlalchemy}, {outcome.loop}"
-                print(f"{about}: {outcome}", flush=True)
+                print("\n  ".join([f"{about}: {outcome}", *outcome.lines]), flush=True)
     except Mistake as mistake:
         print(mistake, file=sys.stderr)
         return 1
