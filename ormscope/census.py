@@ -36,7 +36,7 @@ from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import ScopedRegistry
 
 from ormscope import internals, orm_internals
-from ormscope.frozen import frozen_objects
+from ormscope.frozen import frozen_objects, is_own
 from ormscope.orm_internals import state_of
 from ormscope.places import is_user_code, place
 from ormscope.stacks import STEPS, calling_frames, down_from, frame_of, locals_of
@@ -315,7 +315,9 @@ class _Search:
         self.abandoned = set(_abandoned_sessions(known))
         # By the ids of their dicts. They are looked at apart, see _held_by.
         self._modules = {id(types.attributes(module)): module for module in members["module"]}
-        self._heap[:] = [value for value in self._heap if types.role(value) != "module"]
+        self._heap[:] = [
+            value for value in self._heap if types.role(value) != "module" and not is_own(value)
+        ]
         self._context_values = {
             id(value): f"{variable.name}{_container(value)}"
             for context in members["context"]

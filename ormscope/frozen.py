@@ -40,8 +40,19 @@ _known_of = 0  # how many were frozen when that was looked for
 
 
 def is_frozen() -> bool:
-    """Whether somebody has called `gc.freeze()` in this process, or in the one it was forked from."""
-    return gc.get_freeze_count() >= _NEVER_FROZEN
+    """Whether somebody has called `gc.freeze()` in this process, or in the one it was forked from.
+
+    After `gc.unfreeze()` what was known is let go of: it would be kept alive for nobody.
+    """
+    if gc.get_freeze_count() >= _NEVER_FROZEN:
+        return True
+    _known.clear()  # itself, for a census has taken it down as part of the heap
+    return False
+
+
+def is_own(value: Any) -> bool:
+    """Whether it is the list of what is known to be frozen, which keeps nothing that matters to the program."""
+    return value is _known
 
 
 def frozen_objects(
@@ -94,14 +105,15 @@ def frozen_holders(*objects: Any) -> list[Any]:
 
 
 def _containers() -> list[Any]:
-    global _known, _known_of
-    count = gc.get_freeze_count()
+    global _known_of
     with _lock:
-        if count < _NEVER_FROZEN:
-            _known, _known_of = [], 0
-        elif count > _known_of:
+        if not is_frozen():
+            _known_of = 0
+        elif (count := gc.get_freeze_count()) > _known_of or not _known:
             found = frozen_objects(gc.get_objects())
-            _known = [value for value in found if not isinstance(value, _UNCHANGING)]
+            _known[:] = [
+                value for value in found if not (isinstance(value, _UNCHANGING) or is_own(value))
+            ]
             _known_of = count
         return _known
 

@@ -36,6 +36,7 @@ from sqlalchemy.orm import (
 )
 
 from ormscope import SessionCensus
+from ormscope.frozen import frozen_holders
 from workshop.database import Server
 from workshop.shop import AuditEntry, Product, Sale
 
@@ -668,6 +669,23 @@ def test_no_garbage(keep: Callable[[], Iterator[None]], wanted: set[tuple[str, s
     keeping = keep()
     next(keeping)
     gc.collect()
+    assert set(said()) == wanted
+    assert next(keeping, None) is None
+    gc.collect()
+    assert not SessionCensus().alive
+
+
+def test_what_is_known_to_be_frozen_is_no_keeper() -> None:
+    """That list is the instruments' own, and is let go of once nothing is frozen any more."""
+    keeping, wanted = in_a_class(), {("class attribute", "Repository.found (a list)")}
+    next(keeping)
+    gc.collect()
+    gc.freeze()
+    try:
+        assert frozen_holders(*Repository.found)
+        assert set(said()) == wanted
+    finally:
+        gc.unfreeze()
     assert set(said()) == wanted
     assert next(keeping, None) is None
     gc.collect()
