@@ -52,10 +52,9 @@ INSTALLED = VENV / "installed.stamp"  # written last: an environment without it 
 SERVER_CHECKED = VENV / "server-checked.stamp"
 APPLICATION = "sqlalchemy-under-load"  # what the workshop calls its folders elsewhere
 DISK_NEEDED = 1.2e9  # bytes: 0.7 GB of packages, their download cache, the lessons' databases
-# Tests side by side, as tests/conftest.py groups them; those that measure time run alone at the end.
-SIDE_BY_SIDE = ["--numprocesses=3", "--dist=loadfile"]
 COMMANDS = {
-    "test": ["pytest"],
+    # Side by side, as tests/conftest.py groups them; whoever asks for another number gets it.
+    "test": ["pytest", "--numprocesses=3", "--dist=loadfile"],
     "run": ["workshop.notebooks", "run"],
     "refresh": ["workshop.notebooks", "refresh"],
     "doctor": ["workshop.doctor"],
@@ -131,8 +130,6 @@ def main(arguments):
         with only_one():
             install()
     lock_environment()
-    if command == "test":
-        options = [*SIDE_BY_SIDE, *options]  # whoever asks for another number gets it
     if command:
         return hand_over(["-m", *COMMANDS[command], *options])
     return check_server() or hand_over(["-m", "workshop.jupyter", *options])

@@ -36,7 +36,7 @@ from sqlalchemy.orm.state import InstanceState
 from sqlalchemy.util import ScopedRegistry
 
 from ormscope import internals, orm_internals
-from ormscope.frozen import frozen_objects, is_own
+from ormscope.frozen import KNOWN, frozen_objects
 from ormscope.orm_internals import state_of
 from ormscope.places import is_user_code, place
 from ormscope.stacks import STEPS, calling_frames, down_from, frame_of, locals_of
@@ -316,7 +316,7 @@ class _Search:
         # By the ids of their dicts. They are looked at apart, see _held_by.
         self._modules = {id(types.attributes(module)): module for module in members["module"]}
         self._heap[:] = [
-            value for value in self._heap if types.role(value) != "module" and not is_own(value)
+            value for value in self._heap if types.role(value) != "module" and value is not KNOWN
         ]
         self._context_values = {
             id(value): f"{variable.name}{_container(value)}"

@@ -35,24 +35,22 @@ _UNCHANGING = (
 )  # fmt: skip
 
 _lock = threading.Lock()
-_known: list[Any] = []  # what was frozen and can be changed
+# What was frozen and can be changed. It is always this list, for whoever looks through the heap has to leave it out.
+KNOWN: list[Any] = []
 _known_of = 0  # how many were frozen when that was looked for
 
 
 def is_frozen() -> bool:
     """Whether somebody has called `gc.freeze()` in this process, or in the one it was forked from.
 
-    After `gc.unfreeze()` what was known is let go of: it would be kept alive for nobody.
+    Where that is over, what was known is let go of.
     """
+    global _known_of
     if gc.get_freeze_count() >= _NEVER_FROZEN:
         return True
-    _known.clear()  # itself, for a census has taken it down as part of the heap
+    KNOWN.clear()
+    _known_of = 0
     return False
-
-
-def is_own(value: Any) -> bool:
-    """Whether it is the list of what is known to be frozen, which keeps nothing that matters to the program."""
-    return value is _known
 
 
 def frozen_objects(
@@ -107,15 +105,15 @@ def frozen_holders(*objects: Any) -> list[Any]:
 def _containers() -> list[Any]:
     global _known_of
     with _lock:
-        if not is_frozen():
-            _known_of = 0
-        elif (count := gc.get_freeze_count()) > _known_of or not _known:
+        if is_frozen() and (count := gc.get_freeze_count()) > _known_of:
             found = frozen_objects(gc.get_objects())
-            _known[:] = [
-                value for value in found if not (isinstance(value, _UNCHANGING) or is_own(value))
+            KNOWN[:] = [
+                value
+                for value in found
+                if not isinstance(value, _UNCHANGING) and value is not KNOWN
             ]
             _known_of = count
-        return _known
+        return KNOWN
 
 
 def _is_module(value: Any) -> bool:

@@ -62,7 +62,7 @@ class Lab:
             "LAB_UNDER_TEST": str(parent),  # by which each of its processes is found
             "JUPYTER_CONFIG_DIR": str(parent / "jupyter"),
             # With uv: it takes a third of the time, and few tests are about a set-up without.
-            "PATH": os.pathsep.join([path(has_uv=True), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
 
     def start(
