@@ -68,11 +68,12 @@ def steps_of(task: asyncio.Task[Any]) -> list[tuple[Any, FrameType]]:
     """The coroutines and generators of which each awaits the next, with their frames, outermost first."""
     steps: list[tuple[Any, FrameType]] = []
     step: Any = task.get_coro()
-    while step is not None:
-        frame = frame_of(step)
-        if frame is not None:
-            steps.append((step, frame))
-        step = awaited_step(step)
+    with COLLECTOR_RESTS:
+        while step is not None:
+            frame = _frame_of(step)
+            if frame is not None:
+                steps.append((step, frame))
+            step = awaited_step(step)
     return steps
 
 
@@ -209,7 +210,13 @@ def awaited_step(step: Any) -> Any:
 def frame_of(step: Any) -> FrameType | None:
     """The frame of a coroutine or generator; None once it has ended."""
     with COLLECTOR_RESTS:
-        return next((getattr(step, name) for name in _FRAME if hasattr(step, name)), None)
+        return _frame_of(step)
+
+
+def _frame_of(step: Any) -> FrameType | None:
+    if isinstance(step, CoroutineType):  # nearly all
+        return step.cr_frame
+    return next((getattr(step, name) for name in _FRAME if hasattr(step, name)), None)
 
 
 def down_from(frame: FrameType | None) -> list[FrameType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import time
@@ -27,6 +28,9 @@ from workshop.checks.unheard import Unheard, is_learners
 THE_CHECK = "the check"
 """The name of a task that is not the learner's: nobody asks what it waits for."""
 _LOOK_SECONDS = 0.02
+_MOST_OF_THE_LOOP = (
+    0.1  # what looking may take of its time: with hundreds in line each look takes longer
+)
 _CROWD_SECONDS = 0.5  # between two looks at who holds and who waits
 _SECONDS_TO_LEAVE = 1.0  # for tasks that are cancelled
 _WRITES = re.compile(r"\s*(insert|update|delete|with\b.*\b(insert|update|delete))\b", re.I | re.S)
@@ -181,10 +185,9 @@ def _settings(engine: AsyncEngine) -> list[object]:
 
 async def _watch(noted: Evidence, scopes: Sequence[PoolScope], conditions: Conditions) -> None:
     looked_at = 0.0
-    # Not longer: in the end they all stand where they are cancelled.
-    end = time.perf_counter() + conditions.load_seconds - 2 * _LOOK_SECONDS
-    while time.perf_counter() < end:
-        await asyncio.sleep(_LOOK_SECONDS)
+
+    def look() -> None:
+        nonlocal looked_at
         _look_at_tasks(noted)
         now = time.perf_counter()
         if now - looked_at > _CROWD_SECONDS:
@@ -193,6 +196,21 @@ async def _watch(noted: Evidence, scopes: Sequence[PoolScope], conditions: Condi
                 waiters = scope.waiters
                 if waiters and now - waiters[0].since > POOL_TIMEOUT / 3:
                     noted.crowd = scope.verdict_now()
+
+    # Not longer: in the end they all stand where they are cancelled.
+    await look_often(look, time.perf_counter() + conditions.load_seconds - _LOOK_SECONDS)
+
+
+async def look_often(look: Callable[[], None], end: float = math.inf) -> None:
+    """Call a function fifty times a second, or more seldom if it takes its time, until `end` on `time.perf_counter`."""
+    spent = 0.0
+    while True:
+        await asyncio.sleep(max(_LOOK_SECONDS, spent / _MOST_OF_THE_LOOP))
+        start = time.perf_counter()
+        if start > end:
+            return
+        look()
+        spent = time.perf_counter() - start
 
 
 def _look_at_tasks(noted: Evidence) -> None:

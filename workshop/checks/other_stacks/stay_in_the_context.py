@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -14,13 +15,12 @@ from ormscope.lab import Recording, storm
 from ormscope.stacks import is_sleeping, sleeping_frames
 from workshop import stacks
 from workshop.checks.catalogue import Finding
-from workshop.checks.evidence import THE_CHECK, Evidence, evidence
+from workshop.checks.evidence import THE_CHECK, Evidence, evidence, look_often
 from workshop.checks.lent import Conditions, own_households
 from workshop.checks.rules import fire_and_forget, sleeps
 from workshop.checks.task import Task
 from workshop.checks.unpooled import of_the_check
 
-_LOOK_SECONDS = 0.02
 _NO_PRODUCT = 1
 _ASYNCPGS_POOL = os.path.join(os.path.dirname(asyncpg.__file__), "pool.py")
 _ORDERS = """
@@ -81,7 +81,9 @@ async def place_orders(
         database = get_connections().get("default")
         await database.execute_query("SELECT 1")  # opens its pool
         looked = Orders(capacity=capacity, unlucky=unlucky, refused=0)
-        looking = asyncio.create_task(_look(database._pool, looked), name=THE_CHECK)
+        looking = asyncio.create_task(
+            look_often(partial(_look, database._pool, looked)), name=THE_CHECK
+        )
         async with evidence(conditions) as noted:
             await storm(place, orders)
         looking.cancel()
@@ -104,19 +106,17 @@ async def place_orders(
     return seen
 
 
-async def _look(pool: asyncpg.Pool, seen: Orders) -> None:
-    while True:
-        out = pool.get_size() - pool.get_idle_size()
-        seen.most = max(seen.most, out)
-        waiting = [
-            task
-            for task in asyncio.all_tasks()
-            if is_sleeping(task)
-            and any(frame.f_code.co_filename == _ASYNCPGS_POOL for frame in sleeping_frames(task))
-        ]
-        if out == seen.capacity:
-            seen.stuck = max(seen.stuck, len(waiting))
-        await asyncio.sleep(_LOOK_SECONDS)
+def _look(pool: asyncpg.Pool, seen: Orders) -> None:
+    out = pool.get_size() - pool.get_idle_size()
+    seen.most = max(seen.most, out)
+    waiting = [
+        task
+        for task in asyncio.all_tasks()
+        if is_sleeping(task)
+        and any(frame.f_code.co_filename == _ASYNCPGS_POOL for frame in sleeping_frames(task))
+    ]
+    if out == seen.capacity:
+        seen.stuck = max(seen.stuck, len(waiting))
 
 
 async def _forget(others: asyncpg.Pool, customers: list[int]) -> None:
