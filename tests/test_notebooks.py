@@ -383,7 +383,10 @@ def test_a_cell_that_fails(command: str, checkout: Path) -> None:
     assert not (checkout / "executed" / path.name).exists()
 
 
-def test_a_kernel_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = tmp_path / "busy.py"
+    busy.write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONSTARTUP", str(busy))  # the kernel runs it before it answers anybody
     settings = copy.deepcopy(notebooks.SETTINGS)
     settings.NotebookClient.startup_timeout = 0
     monkeypatch.setattr(notebooks, "SETTINGS", settings)
