@@ -28,9 +28,7 @@ from workshop.checks.unheard import Unheard, is_learners
 THE_CHECK = "the check"
 """The name of a task that is not the learner's: nobody asks what it waits for."""
 _LOOK_SECONDS = 0.02
-_MOST_OF_THE_LOOP = (
-    0.1  # what looking may take of its time: with hundreds in line each look takes longer
-)
+_MOST_OF_THE_LOOP = 0.1  # of its time, for looking: with hundreds in line a look takes longer
 _CROWD_SECONDS = 0.5  # between two looks at who holds and who waits
 _SECONDS_TO_LEAVE = 1.0  # for tasks that are cancelled
 _WRITES = re.compile(r"\s*(insert|update|delete|with\b.*\b(insert|update|delete))\b", re.I | re.S)
