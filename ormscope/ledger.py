@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, Qu
 
 from ormscope.durations import Durations
 from ormscope.internals import capacity_of, handle_of, parameters_of
-from ormscope.owners import Owner, TaskOrThread, current
+from ormscope.owners import Owner, TaskOrThread, current, living
 from ormscope.places import calling_places
 from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
@@ -69,6 +69,10 @@ class Holder:
         """What the program holds of the connection; None while it is handed over, or comes back."""
         record = self.record
         return None if record is None else handle_of(record)
+
+    def takers(self) -> set[TaskOrThread]:
+        """Who took it and who used it last, as far as they can still run."""
+        return living((self.owner, self.last_user))
 
 
 class Request:
@@ -332,7 +336,8 @@ class Ledger:
 
     def _note_setting(self, holder: Holder, setting: Setting) -> None:
         """A statement may set a time limit: for as long as the connection is open, or out of the pool."""
-        known = None if holder.record is None else self._settings.get(holder.record)
+        record = holder.record
+        known = None if record is None else self._settings.get(record)
         if known is not None and not setting.is_local:
             known[setting.name] = setting
         holder.local_settings = {**(holder.local_settings or {}), setting.name: setting}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from ormscope.internals import running_loop
@@ -33,12 +34,20 @@ class Owner:
         return self._reference()
 
     @property
-    def alive(self) -> bool:
-        """Whether it can still run, and so give a connection back."""
+    def living(self) -> TaskOrThread | None:
+        """The task or thread, while it can still run, and so give a connection back; else None.
+
+        For who asks from another thread, a second look may find that it has gone.
+        """
         subject = self.subject
         if isinstance(subject, asyncio.Task):
-            return not subject.done()
-        return subject is not None and subject.is_alive()
+            return None if subject.done() else subject
+        return subject if subject is not None and subject.is_alive() else None
+
+
+def living(owners: Iterable[Owner]) -> set[TaskOrThread]:
+    """Those who can still run."""
+    return {subject for owner in owners if (subject := owner.living) is not None}
 
 
 def name_of(subject: TaskOrThread) -> str:

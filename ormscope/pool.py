@@ -277,7 +277,8 @@ class PoolScope:
 
     async def deadlock(self) -> Verdict | None:
         """Wait until a deadlock of this pool is proved, among tasks or threads; None once the scope is closed."""
-        if self.proof is not None and not self.proof.is_timed and self.deadlocks:
+        found = self.proof
+        if found is not None and not found.is_timed and self.deadlocks:
             return self.deadlocks[-1]
         if self._closed or self.failure:
             return None
@@ -333,9 +334,10 @@ class PoolScope:
 
     def _broken_for(self, who: TaskOrThread) -> Verdict | None:
         """The deadlock that somebody was part of until a moment ago."""
-        if self._last is None:
+        last = self._last
+        if last is None:
             return None
-        found, verdict = self._last
+        found, verdict = last
         if found.broken_at is None:
             return None
         if time.perf_counter() - found.broken_at > _TOLD_SECONDS:
@@ -420,7 +422,8 @@ class PoolScope:
         """The holders of the present pool, and the tasks that somebody else who competes awaits."""
         holders = self.ledger.held(self.pool)
         below: set[TaskOrThread] = set()
-        stopped = set() if self.proof is None else set(self.proof.in_server)
+        found = self.proof
+        stopped = set() if found is None else set(found.in_server)
         holding = []
         for holder in holders:
             subjects = proof.live_users(holder)
@@ -445,7 +448,7 @@ class PoolScope:
                 else:
                     activities.append(activity_of(subject, self.engine.dialect))
             if holder.kept_by and not subjects:
-                takers = _takers(holder)
+                takers = holder.takers()
                 activities += self._idle(takers)
                 entry = next(filter(None, (_queued(who, now) for who in takers)), None)
                 if entry is not None:
@@ -453,7 +456,7 @@ class PoolScope:
             activity = min(activities, key=lambda found: _ORDER.index(found.doing), default=None)
             if activity is not None and not self._is_long_since(holder, now):
                 activity = Activity("running") if activity.doing == "elsewhere" else activity
-            is_stuck = self.proof is not None or activity is None
+            is_stuck = found is not None or activity is None
             holding.append(
                 Holding(
                     owner=holder.owner.name,
@@ -470,7 +473,7 @@ class PoolScope:
             )
         return tuple(holding), below
 
-    def _idle(self, takers: list[TaskOrThread]) -> list[Activity]:
+    def _idle(self, takers: set[TaskOrThread]) -> list[Activity]:
         """What those do who took a connection that only a module keeps now, where they are threads without work."""
         found = [
             activity_of(taker, self.engine.dialect)
@@ -595,12 +598,6 @@ def _looks(thread: int) -> bool:
 def _names_of(pools: frozenset[int]) -> tuple[str, ...]:
     """The names of the scopes of these pools, which are given by their ids."""
     return tuple(sorted(scope.name for scope in proof.scopes() if id(scope.pool) in pools))
-
-
-def _takers(holder: Holder) -> list[TaskOrThread]:
-    """Who took a connection and who used it last, as far as they live: what only they do with it nobody can tell."""
-    takers = (holder.owner, holder.last_user)
-    return [who.subject for who in takers if who.subject is not None and who.alive]
 
 
 def _queued(who: TaskOrThread, now: float) -> tuple[str, Waiter] | None:

@@ -22,7 +22,7 @@ from ormscope import internals, proof, waitgraph
 from ormscope.activity import activity_of
 from ormscope.hooks import logger
 from ormscope.ledger import Holder
-from ormscope.owners import TaskOrThread, current
+from ormscope.owners import TaskOrThread, current, living
 from ormscope.places import NOWHERE, Place, calling_places, is_library, is_users, own_line, places
 from ormscope.pool import PoolScope
 from ormscope.stacks import steps_of
@@ -355,10 +355,9 @@ def users_of(holder: Holder) -> set[TaskOrThread]:
 
     Only the latter where that is somebody on his own, for whom the taker does not wait: it was handed on.
     """
-    owner, last = holder.owner.subject, holder.last_user.subject
-    is_alive = holder.last_user.alive
-    if owner is not None and last is not None and last is not owner and is_alive:
-        is_child = holder.owner.alive and last in waitgraph.below(owner)
+    owner, last = holder.owner.subject, holder.last_user.living
+    if owner is not None and last is not None and last is not owner:
+        is_child = holder.owner.living is not None and last in waitgraph.below(owner)
         return {owner, last} if is_child else {last}
     return proof.live_users(holder)
 
@@ -369,7 +368,7 @@ def _is_handed_on(
     """Whether somebody outside of the family, for whom none of them waits, can use a connection, too."""
     tasks = [member for member in family if isinstance(member, asyncio.Task)]
     proof.look_for_users([holder], tasks)
-    found = {owner.subject for owner in holder.users or () if owner.alive}
+    found = living(holder.users or ())
     # What was found is true for this moment only: the next who asks shall look himself.
     holder.users = None
     known = family | {child for member in family for child in waitgraph.below(member)}

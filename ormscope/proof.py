@@ -28,7 +28,7 @@ from ormscope import internals
 from ormscope.hooks import logger, step_aside
 from ormscope.ledger import BEYOND, Holder
 from ormscope.loops import running_watch, watch_of
-from ormscope.owners import Owner, TaskOrThread
+from ormscope.owners import Owner, TaskOrThread, living
 from ormscope.places import NOWHERE, Place, is_users, place
 from ormscope.reach import Users, users_of
 from ormscope.stacks import only_looks_up, steps_of
@@ -290,8 +290,8 @@ def wakers_of(holders: list[Holder]) -> set[TaskOrThread] | None:
 
 def live_users(holder: Holder) -> set[TaskOrThread]:
     """Those who can use a connection: found to, or else who took it and who used it last."""
-    owners = holder.users if holder.users is not None else (holder.owner, holder.last_user)
-    return {owner.subject for owner in owners if owner.subject is not None and owner.alive}
+    users = holder.users  # whoever uses it may set it to None at any moment
+    return holder.takers() if users is None else living(users)
 
 
 def _suspect(watched: list[PoolScope], still: list[PoolScope]) -> _Suspicion | None:
@@ -302,9 +302,9 @@ def _suspect(watched: list[PoolScope], still: list[PoolScope]) -> _Suspicion | N
     waits = waits_of(watched)
     known = {
         key
-        for scope in watched
-        if scope.proof and not scope.proof.is_timed
-        for key in scope.proof.pools
+        for proof in [scope.proof for scope in watched]
+        if proof is not None and not proof.is_timed
+        for key in proof.pools
     }
     new = {pool for pool in waits.wakers if pool in asked and id(pool) not in known}
     if not new:
@@ -367,16 +367,12 @@ def _look_once(holders: list[Holder], suspects: Collection[asyncio.Task[Any]]) -
 
 def _note_users(holder: Holder, users: Users, now: float) -> None:
     subjects = set(users.everybody)
+    takers = holder.takers()
     if not users.complete:  # those found so far are any that came first
-        takers = (holder.owner, holder.last_user)
-        subjects = {owner.subject for owner in takers if owner.subject is not None and owner.alive}
+        subjects = takers
     elif users.unseen:
         # A thread may have it nowhere but on the stack of its function, as `with engine.connect():` does.
-        subjects |= {
-            owner.subject
-            for owner in (holder.owner, holder.last_user)
-            if isinstance(owner.subject, threading.Thread) and owner.alive
-        }
+        subjects |= {taker for taker in takers if isinstance(taker, threading.Thread)}
     holder.kept_by = users.elsewhere
     if holder.handle() is None:
         holder.kept_by = "the pool, to which it is just coming back"
@@ -394,8 +390,7 @@ def _note_users(holder: Holder, users: Users, now: float) -> None:
 
 def _is_lost(holder: Holder, users: Users) -> bool:
     """Whether nobody is left who could give a connection back: it lies in a list, in a traceback, or nowhere."""
-    takers = (holder.owner, holder.last_user)
-    if any(owner.alive and isinstance(owner.subject, asyncio.Task) for owner in takers):
+    if any(isinstance(taker, asyncio.Task) for taker in holder.takers()):
         return False  # it may just be handing it on
     if holder.kept_by or users.subjects or users.unseen:
         return False
@@ -527,9 +522,9 @@ def declare(
     with _declaring:
         told = [
             scope
-            for scope in scopes()
+            for scope, known in [(scope, scope.proof) for scope in scopes()]
             if any(id(waiter.pool) in about for waiter in list(scope.ledger.waiters.values()))
-            and (scope.proof is None or (scope.proof.is_timed and not timers and not server_limits))
+            and (known is None or (known.is_timed and not timers and not server_limits))
         ]
         if not told:
             return

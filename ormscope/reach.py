@@ -248,7 +248,7 @@ class _Search:
             ):
                 # A registry with a session for each task or thread: scoped_session.
                 for owner in owners:
-                    if Owner(owner).alive:
+                    if Owner(owner).living is not None:
                         self._note(owner, listed, found)
                 return None
             if owners and all(map(is_fastapis_own, owners)):

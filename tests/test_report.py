@@ -19,6 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ormscope import LoopScope, PoolScope
+from ormscope.ledger import Holder
+from ormscope.owners import Owner
 from ormscope.report import _seconds
 from workshop.database import Server
 
@@ -277,6 +279,47 @@ def test_from_another_thread_while_the_loop_is_blocked(server: Server) -> None:
     assert "in line for " in entry(report, "WAITING", "in line for")
     (loop,) = [line for line in report.splitlines() if line.startswith("  loop ")]
     assert float(loop.split()[1]) >= 0.4
+
+
+class Vanishing:
+    """An attribute that another thread sets to None once it has been read so often."""
+
+    def __init__(self, value: Any, reads: int) -> None:
+        self.value, self.left = value, reads
+
+    def __get__(self, owner: Any, _class: type) -> Any:
+        self.left -= 1
+        return self.value if self.left >= 0 else None
+
+    def __set__(self, owner: Any, value: Any) -> None: ...
+
+
+@pytest.mark.parametrize("of, name", [(Owner, "subject"), (Holder, "users"), (PoolScope, "proof")])
+def test_what_is_gone_at_the_next_look(
+    of: type, name: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another thread looks, the loop goes on: a task ends, a connection is used, a proof is withdrawn."""
+
+    async def main() -> None:
+        engine = create_async_engine(server.url, pool_size=2, max_overflow=0)
+        scope, meet = PoolScope(engine), asyncio.Barrier(2)
+        stuck = [asyncio.create_task(hold_and_ask(engine, meet)) for _ in range(2)]
+        await until(lambda: scope.deadlocks)
+        values = {"subject": stuck[0], "users": (Owner(stuck[0]),), "proof": scope.proof}
+        for reads in range(1000):
+            vanishing = Vanishing(values[name], reads)
+            with monkeypatch.context() as patched:
+                patched.setattr(of, name, vanishing, raising=False)
+                scope.verdict()
+                scope.report()
+            assert scope.failure is None, f"gone after {reads} reads"
+            if vanishing.left > 0:
+                break
+        assert 3 < reads < 1000
+        await cancelled(*stuck)
+        await engine.dispose()
+
+    run(main())
 
 
 def test_threads(server: Server) -> None:
