@@ -613,6 +613,17 @@ async def commit_within_the_stream(Session, first, last, deliver):
             await deliver(batch)
 
 
+async def ask_once_more_within_the_stream(Session, first, last, deliver):
+    """The connection has another transaction by then, and so the driver raises something else."""
+    async with Session() as session:
+        numbers = orders_of(first, last).with_only_columns(Order.id)
+        stream = await session.stream_scalars(numbers.execution_options(yield_per=500))
+        async for batch in stream.partitions():
+            await session.commit()
+            await deliver(batch)
+            await session.get(Order, batch[-1])
+
+
 async def offset_pages(Session, first, last, deliver):
     offset = 0
     while True:
@@ -763,6 +774,7 @@ ANSWERS = {
             (everything_first, "read-too-early"),
             (everything_at_once, "larger-batches"),
             (commit_within_the_stream, "stream-without-its-transaction"),
+            (ask_once_more_within_the_stream, "stream-without-its-transaction"),
             (offset_pages, "pages-shift"),
             (key_that_is_shared, "delivers-twice"),
             (only_the_first, "part-of-the-rows"),

@@ -33,6 +33,7 @@ _COLLECTIONS = 3  # that are really made for the learner's code; the rest are co
 _PAGE = re.compile(r"\bOFFSET\b|\bid (>=?|BETWEEN) .*\bLIMIT\b", re.DOTALL)
 _ADDS_UP = re.compile(r"\bsum\s*\(|\bGROUP BY\b", re.IGNORECASE)
 _FEW_PAGES = 2
+_NO_TRANSACTION = "cursor cannot be created outside of a transaction"
 _READ_AT_ONCE = "with a server-side cursor"  # of AsyncMethodRequired
 T = TypeVar("T")
 
@@ -43,7 +44,8 @@ class Reading:
 
     `streams` is how many results it began to stream, `unordered` how often it asked for a page, by OFFSET or behind a
     number, by one statement without ORDER BY, `added` whether a statement let the database group or add up, and
-    `collected_at` where it first called the garbage collector.
+    `collected_at` where it first called the garbage collector. `late_reads` is how often a stream was read on after
+    the end of its transaction, and `late_error` what that raised: it depends on whose the connection is by then.
     """
 
     queried: int = 0
@@ -53,6 +55,8 @@ class Reading:
     unordered: int = 0
     added: bool = False
     collected_at: str = ""
+    late_reads: int = 0
+    late_error: str = ""
 
     @property
     def in_one_go(self) -> int:
@@ -69,6 +73,7 @@ class Read(Evidence, Reading):
 def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading]:
     """Note how the learner's code reads by the engine that it is lent, to the end of the block."""
     noted, calls, pages = Reading(), 0, Counter[str]()
+    transactions: dict[int, Any] = {}  # in which a stream began, by its cursor's id
     collect = gc.collect
     fetch_all: Callable[[Any], Any] = AsyncAdapt_asyncpg_ss_cursor.fetchall
     fetch_many: Callable[..., Any] = AsyncAdapt_asyncpg_ss_cursor.fetchmany
@@ -79,20 +84,36 @@ def reading(answer: Callable[..., Any], engine: AsyncEngine) -> Iterator[Reading
         noted.collected_at = noted.collected_at or _learners_line(sys._getframe(1))
         return collect(generation) if calls <= _COLLECTIONS else 0
 
+    @contextmanager
+    def read_on(cursor: Any) -> Iterator[None]:
+        now = cursor._adapt_connection._transaction
+        is_late = transactions.get(id(cursor), now) is not now
+        noted.late_reads += is_late
+        try:
+            yield
+        except Exception as error:
+            if is_late:
+                noted.late_error = noted.late_error or type(error).__name__
+            raise
+
     def note_streamed(cursor: Any) -> Any:
-        rows = fetch_all(cursor)
+        with read_on(cursor):
+            rows = fetch_all(cursor)
         noted.streamed = max(noted.streamed, len(rows))
         return rows
 
     def note_batch(cursor: Any, size: int | None = None) -> Any:
-        rows = fetch_many(cursor, size)
+        with read_on(cursor):
+            rows = fetch_many(cursor, size)
         noted.batch = max(noted.batch, len(rows))
         return rows
 
     def note_query(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if cursor.description is not None:
             noted.queried = max(noted.queried, cursor.rowcount)
-            noted.streams += cursor.rowcount < 0  # a server-side cursor does not know it yet
+            if cursor.rowcount < 0:  # a server-side cursor does not know it yet
+                noted.streams += 1
+                transactions[id(cursor)] = cursor._adapt_connection._transaction
         note_sum(statement)
         if _PAGE.search(statement) and "ORDER BY" not in statement:
             pages[statement] += 1
@@ -233,6 +254,18 @@ def collects_garbage(run: Recording, seen: Read) -> Iterator[Finding]:
     """A call that costs much, and frees nothing that is referred to."""
     if seen.collected_at:
         yield Finding("collects-garbage", f"{seen.collected_at}, called gc.collect().")
+
+
+def cursor_without_transaction(run: Recording, seen: Read) -> Iterator[Finding]:
+    """A stream that is read on after its transaction has ended."""
+    raised = {request.outcome.rpartition(".")[2] for request in run.requests}
+    never_had_one = any(_NO_TRANSACTION in request.error for request in run.requests)
+    name = "NoActiveSQLTransactionError" if never_had_one else seen.late_error
+    if name in raised:
+        yield Finding(
+            "stream-without-its-transaction",
+            f"The next batch raised {name}: a cursor needs a transaction that is open.",
+        )
 
 
 def expunge_all_in_a_stream(run: Recording, seen: Evidence) -> Iterator[Finding]:

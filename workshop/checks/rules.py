@@ -24,7 +24,6 @@ Rule = Callable[[Recording, Noted], Iterator[Finding]]
 
 POOL_TIMEOUT_ERROR = "sqlalchemy.exc.TimeoutError"
 _SHARING = ("concurrent operations are not permitted", "another operation is in progress")
-_ENDED_CURSOR = "cursor cannot be created outside of a transaction"
 _READ_TOO_LATE = ("MissingGreenlet", "DetachedInstanceError")
 _MANY_ENGINES = 3
 _MOST_NAMED = 3  # of places or calls in a sentence
@@ -227,15 +226,6 @@ def leaves_it_checked_out(run: Recording, seen: Evidence) -> Iterator[Finding]:
 
 
 # What a call raised
-
-
-def cursor_without_transaction(run: Recording, seen: Evidence) -> Iterator[Finding]:
-    """A stream that is read on after its transaction has ended."""
-    if any(_ENDED_CURSOR in request.error for request in run.requests):
-        yield Finding(
-            "stream-without-its-transaction",
-            "The next batch raised NoActiveSQLTransactionError: a cursor needs a transaction that is open.",
-        )
 
 
 def expired_objects(run: Recording, seen: Evidence) -> Iterator[Finding]:

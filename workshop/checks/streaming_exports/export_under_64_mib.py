@@ -25,13 +25,14 @@ from workshop.checks.memory import (
     MemoryBudget,
     Read,
     collects_garbage,
+    cursor_without_transaction,
     expunge_all_in_a_stream,
     pages_without_order,
     reading,
     reads_a_stream_in_one_piece,
     yield_per_without_a_stream,
 )
-from workshop.checks.rules import cursor_without_transaction, leaves_it_checked_out
+from workshop.checks.rules import leaves_it_checked_out
 from workshop.checks.task import Task
 
 _SHOWN = 80  # characters of a line; two lines of the sales are told apart by them

@@ -18,6 +18,7 @@ from workshop.checks.lent import Conditions, forget_orders, own_households
 from workshop.checks.memory import (
     Read,
     collects_garbage,
+    cursor_without_transaction,
     pages_without_order,
     reading,
     yield_per_without_a_stream,
@@ -25,7 +26,6 @@ from workshop.checks.memory import (
 from workshop.checks.rules import (
     another_pool,
     changes_the_pool,
-    cursor_without_transaction,
     expired_objects,
     leaves_it_checked_out,
 )
@@ -87,7 +87,7 @@ async def deliver_orders(
         wanted = {order.id: order for order in await connection.execute(placed.order_by(Order.id))}
     await engine.dispose()
     between = [number for number, order in wanted.items() if order.household_id in ours[1:-1]]
-    warehouse, told = Warehouse(engine, between, ours[0]), True
+    told = True
 
     async def job(number: int) -> None:
         await nightly(sessions, ours[0], ours[-1], warehouse.deliver)
@@ -101,6 +101,7 @@ async def deliver_orders(
             told = True
 
     with reading(nightly, engine) as noted_of_reading:
+        warehouse = Warehouse(engine, between, ours[0], noted_of_reading)
         async with backends(conditions) as server, evidence(conditions, engine) as noted:
             sessions = async_sessionmaker(engine)
             ends = await storm(job, 1)

@@ -20,11 +20,12 @@ from workshop.checks.lent import Conditions
 from workshop.checks.memory import (
     Read,
     collects_garbage,
+    cursor_without_transaction,
     expunge_all_in_a_stream,
     reading,
     yield_per_without_a_stream,
 )
-from workshop.checks.rules import cursor_without_transaction, leaves_it_checked_out
+from workshop.checks.rules import leaves_it_checked_out
 from workshop.checks.task import Task
 from workshop.shop import ExportJob
 

@@ -22,13 +22,13 @@ from workshop.checks.lent import Conditions
 from workshop.checks.memory import (
     Read,
     added_by_the_database,
+    cursor_without_transaction,
     expunge_all_in_a_stream,
     pages_without_order,
     reading,
 )
 from workshop.checks.returned import another_answer, is_same
 from workshop.checks.rules import (
-    cursor_without_transaction,
     leaves_it_checked_out,
     sync_engine_in_async_code,
 )

@@ -29,6 +29,7 @@ from workshop.checks.memory import (
     Read,
     added_by_the_database,
     collects_garbage,
+    cursor_without_transaction,
     expunge_all_in_a_stream,
     pages_without_order,
     reading,
@@ -36,7 +37,7 @@ from workshop.checks.memory import (
     yield_per_without_a_stream,
 )
 from workshop.checks.returned import another_answer
-from workshop.checks.rules import cursor_without_transaction, leaves_it_checked_out
+from workshop.checks.rules import leaves_it_checked_out
 from workshop.checks.task import Task
 from workshop.shop import Base, Sale
 
