@@ -45,7 +45,7 @@ class Looks:
         self._workers, self._looking, self._run = workers, looking, run
         self._processes = [psutil.Process(worker.pid) for worker in workers]
         self._written_before: dict[str, int] = {}
-        self._most_open = -1  # transactions, when the server's list was taken
+        self._most_open = -1  # transactions past their BEGIN, in the list that is kept
         self._one_at_a_time = asyncio.Lock()  # a connection of asyncpg is for one
 
     async def __aenter__(self) -> Looks:
@@ -84,10 +84,18 @@ class Looks:
             os.kill(worker.pid, signal.SIGUSR1)
 
     async def _take_the_list(self) -> None:
-        """What the server lists. On a busy machine the first bad moment may come before the transactions."""
+        """What the server lists, if more transactions are past their BEGIN than in the list before.
+
+        On a busy machine the first bad moment may come before the transactions, or before their statements.
+        """
         async with self._one_at_a_time:
             rows = await self._looking.fetch(_ACTIVITY)
-        self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
+        # A connection that is just being made has no state.
+        idle = (row for row in rows if (row["state"] or "").startswith("idle in transaction"))
+        past_begin = sum(row["count"] for row in idle if row["query"] != "BEGIN;")
+        if past_begin > self._most_open:
+            self._most_open = past_begin
+            self._run.activity = [(row["waits"], row["query"], row["count"]) for row in rows]
 
     def _reports(self) -> Iterator[str]:
         """What the workers have written on a signal, without what they log besides."""
@@ -98,7 +106,7 @@ class Looks:
     async def _look_on(self) -> None:
         """Twice a second; closely at each worker's first moment that is bad, or else towards the end.
 
-        The server's list is that of the bad moment at which most transactions were open.
+        The server's list is that of the bad moment at which most transactions were open and past their BEGIN.
         """
         while True:
             async with self._one_at_a_time:
@@ -132,8 +140,7 @@ class Looks:
                 is_late = look.time > 0.75 * self._run.seconds
                 if (is_bad or is_late) and worker.name not in self._written_before:
                     self._ask_for_a_report(worker)
-                if (is_bad or is_late) and idle > self._most_open:
-                    self._most_open = idle
+                if is_bad or is_late:
                     await self._take_the_list()
             await asyncio.sleep(_LOOK_SECONDS)
 
