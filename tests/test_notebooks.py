@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -394,6 +395,8 @@ def test_a_kernel_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
         notebooks.CellFailed, match="the kernel did not start: Kernel didn't respond"
     ):
         notebooks.execute(LESSONS[0])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_lesson_that_is_not_there(checkout: Path) -> None:

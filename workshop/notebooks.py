@@ -7,6 +7,7 @@ of the solution and the exercise with the same number, which it makes anew.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import atexit
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def execute(
     )
     try:
         # What cells print comes as messages; the kernel process itself only warns, and mutters as it dies.
-        client.execute(stderr=subprocess.DEVNULL)
+        # The loop is ours: where a kernel does not start, nbclient leaves its handlers of signals on it.
+        asyncio.run(client.async_execute(stderr=subprocess.DEVNULL))
     except CellExecutionError as error:
         raise CellFailed(f"{path.name}: a cell failed: {error.ename}: {error.evalue}") from error
     except CellTimeoutError as error:
