@@ -1,8 +1,8 @@
 """The exercises: their tasks, what they give, and what their solutions are.
 
 A solution notebook holds the whole exercise; its cells with the tag "solution" are what the learner is to find,
-so the exercise is the notebook without them. Notebooks are read as the JSON that they are: nbformat takes more
-than a second to import, and a check starts several processes.
+so the exercise is the notebook without them. Notebooks are read as the JSON that they are: nbformat takes time
+to import, and a check starts several processes.
 """
 
 from __future__ import annotations
