@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ormscope import LoopScope, PoolScope
+from ormscope.console_state import state_of
 from ormscope.ledger import Holder
 from ormscope.owners import Owner
 from ormscope.report import _seconds
@@ -312,6 +313,7 @@ def test_what_is_gone_at_the_next_look(
                 patched.setattr(of, name, vanishing, raising=False)
                 scope.verdict()
                 scope.report()
+                state_of([scope], (), None)
             assert scope.failure is None, f"gone after {reads} reads"
             if vanishing.left > 0:
                 break
