@@ -320,8 +320,7 @@ def test_a_framework_may_run_the_code_that_waits_in_a_task_of_its_own(server: Se
         engine = create_async_engine(server.url, pool_size=1, max_overflow=0)
         scope = PoolScope(engine)
         async with crowd(engine, scope, asyncio.create_task(hide(respond)(engine))):
-            await asyncio.sleep(0.3)
-            return scope.verdict()
+            return await once_settled(scope)
 
     verdict = run(main())
     assert verdict.cause == "held across a foreign await"
