@@ -422,8 +422,8 @@ class PoolScope:
         """The holders of the present pool, and the tasks that somebody else who competes awaits."""
         holders = self.ledger.held(self.pool)
         below: set[TaskOrThread] = set()
-        found = self.proof
-        stopped = set() if found is None else set(found.in_server)
+        proved = self.proof
+        stopped = set() if proved is None else set(proved.in_server)
         holding = []
         for holder in holders:
             subjects = proof.live_users(holder)
@@ -456,7 +456,7 @@ class PoolScope:
             activity = min(activities, key=lambda found: _ORDER.index(found.doing), default=None)
             if activity is not None and not self._is_long_since(holder, now):
                 activity = Activity("running") if activity.doing == "elsewhere" else activity
-            is_stuck = found is not None or activity is None
+            is_stuck = proved is not None or activity is None
             holding.append(
                 Holding(
                     owner=holder.owner.name,

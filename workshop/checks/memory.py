@@ -264,7 +264,7 @@ def cursor_without_transaction(run: Recording, seen: Read) -> Iterator[Finding]:
     if name in raised:
         yield Finding(
             "stream-without-its-transaction",
-            f"The next batch raised {name}: a cursor needs a transaction that is open.",
+            f"Reading the stream raised {name}: a cursor needs a transaction that is open.",
         )
 
 

@@ -28,10 +28,7 @@ from workshop.checks.memory import (
     reading,
 )
 from workshop.checks.returned import another_answer, is_same
-from workshop.checks.rules import (
-    leaves_it_checked_out,
-    sync_engine_in_async_code,
-)
+from workshop.checks.rules import leaves_it_checked_out, sync_engine_in_async_code
 from workshop.checks.task import Task
 from workshop.checks.the_blocked_loop.pulse import pulse
 from workshop.shop import Sale
