@@ -19,8 +19,8 @@ from leftovers import assert_nothing_is_left, await_that, processes_of
 from workshop.checks.catalogue import misconceptions
 from workshop.drill import Drill, incidents
 from workshop.drill.editing import changed, replaced
-from workshop.drill.judge import CONNECTIONS, LIMIT, judge
-from workshop.drill.run import Answer, Run
+from workshop.drill.judge import BUSY, CONNECTIONS, LIMIT, judge
+from workshop.drill.run import Answer, Look, Run
 from workshop.mistake import Mistake
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,11 @@ def run_of(**found: Any) -> Run:
     return run
 
 
+def look_of(memory: float) -> Look:
+    """A worker at rest, with so many MiB."""
+    return Look(1.0, "worker 1", "healthy", 0, 0, 0, 0, 0, 0, 0, memory, 0, 0, 0, 0)
+
+
 def test_what_nobody_knows_a_name_for_is_told_as_it_was_seen() -> None:
     given = {"POOL_SIZE": "5", "POOL_TIMEOUT": "2.0"}
     assert judge(run_of(), ["Accounts"], given).is_mended
@@ -160,6 +165,50 @@ def test_what_nobody_knows_a_name_for_is_told_as_it_was_seen() -> None:
     late = run_of()
     late.answers += [Answer("GET /orders", 0.0, LIMIT + 1, 200)] * 5
     assert not judge(late, ["Accounts"], given).is_mended
+
+
+def test_what_fails_while_others_have_the_machine_is_unknown() -> None:
+    """Only where no idea stands behind it: what was let in, or kept, was so whatever the machine did."""
+    given = {"POOL_SIZE": "5", "POOL_TIMEOUT": "2.0"}
+    run = run_of()
+    run.others, run.idle = 0.6, 0.02
+    assert judge(run, ["Accounts"], given).is_mended
+    run.answers.append(Answer("GET /orders", 0.0, 0.1, 500))
+    unsure = judge(run, ["Accounts"], given)
+    assert (unsure.is_mended, unsure.is_unsure, unsure.misconception) == (False, True, None)
+    assert "UNKNOWN" in str(unsure) and "≈ 60% of the processors, and ≈ 2% were free" in str(unsure)
+    run.found["strangers"] = 1
+    sure = judge(run, ["Accounts"], given)
+    assert (sure.is_unsure, sure.misconception) == (False, "skips-the-sign-in")
+    run.found["strangers"], run.idle = 0, 0.4
+    assert not judge(run, ["Accounts"], given).is_unsure
+
+
+def test_growth_has_its_name_also_where_some_requests_fail() -> None:
+    run = run_of()
+    run.answers.append(Answer("GET /orders", 0.0, 0.1, 500))
+    run.looks = [look_of(memory=memory) for memory in (100.0, 190.0)]
+    judgement = judge(run, ["export"], {"POOL_SIZE": "5", "POOL_TIMEOUT": "2.0"})
+    assert judgement.misconception == "ends-the-stops-only"
+    assert "≈ 1 of ≈ 101 requests failed. But no loop stands still any more" in str(judgement)
+
+
+def test_what_others_take_of_the_processors_is_measured(drill: Drill) -> None:
+    """With a program on each processor that never rests, beside a service that does."""
+    begin(drill, "sign_in")
+    hogs = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(psutil.cpu_count() or 1)
+    ]
+    try:
+        run = drill.load(seconds=3)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert run.others > BUSY, run.others
+    assert run.idle < 0.5, run.idle
+    assert run.others + run.idle < 1.0, "the load, the service and its database had something, too"
 
 
 def test_without_a_signal_the_report_says_where_else_to_look() -> None:

@@ -134,12 +134,10 @@ class Drill:
         """Reload, load, and judge how the service behaved."""
         self.reload()
         run = self.load(seconds, clients)
-        self.notes.after = judge(run, self.edits, self.settings)
-        told = (
-            "mended" if self.notes.after.is_mended else self.notes.after.misconception or "not yet"
-        )
-        self.notes.add(f"judged: {told}")
-        return self.notes.after
+        self.notes.after = judgement = judge(run, self.edits, self.settings)
+        told = "mended" if judgement.is_mended else judgement.misconception or "not yet"
+        self.notes.add(f"judged: {'unknown, too busy' if judgement.is_unsure else told}")
+        return judgement
 
     def clue(self) -> str:
         """The next clue; each one that was taken stands in the post-mortem."""

@@ -18,6 +18,8 @@ GROWTH = 30.0  # MiB, for each worker
 STALL = 2.5  # seconds; the warehouse takes five
 AGAIN = 1.5  # waits in vain for each request that failed; a screen comes back by itself, a customer does not
 SEEN = 0.5  # of the orders, on each screen
+# Shares of the processors' time: other programs had so much of it, and no more than that was left.
+BUSY, LEFT = 0.25, 0.1
 GIVEN = dict(line.split("=") for line in SETTINGS.splitlines())
 CONNECTIONS = WORKERS * int(GIVEN["POOL_SIZE"])
 _CLOSES = {"open_session", "get_session"}
@@ -38,6 +40,12 @@ class Judgement:
         return not self.findings and not self.seen
 
     @property
+    def is_unsure(self) -> bool:
+        """Whether it may have failed because other programs needed the machine: no idea stands behind it."""
+        is_busy = self.run.others > BUSY and self.run.idle < LEFT
+        return is_busy and not self.findings and bool(self.seen)
+
+    @property
     def misconception(self) -> str | None:
         """The idea behind what is wrong, where it is known: a name of the catalogue."""
         return self.findings[0].misconception if self.findings else None
@@ -46,7 +54,13 @@ class Judgement:
         if self.is_mended:
             return f"MENDED: {figures(self.run)}"
         told = [*map(str, self.findings[:1]), *([] if self.findings else self.seen[:1])]
-        return "\n".join(["NOT YET:", *told, f"Seen: {figures(self.run)}"])
+        if self.is_unsure:
+            told.append(
+                f"But other programs had ≈ {self.run.others:.0%} of the processors, and ≈ {self.run.idle:.0%} were"
+                " free: let them end, and judge again."
+            )
+        heading = "UNKNOWN, for this machine is too busy:" if self.is_unsure else "NOT YET:"
+        return "\n".join([heading, *told, f"Seen: {figures(self.run)}"])
 
 
 def figures(run: Run) -> str:
@@ -76,10 +90,12 @@ def _findings(run: Run, edits: set[str], settings: Mapping[str, str]) -> Iterato
         yield Finding("covers-it-with-retries", told)
     yield from _of_the_work(run)
     if run.grown > GROWTH:
-        yield Finding(
-            "ends-the-stops-only",
-            f"Nobody is stopped any more, and a worker grew by ≈ {run.grown:.0f} MiB (at most {GROWTH:.0f}).",
-        )
+        yield _growth(run, "Nobody is stopped any more")
+
+
+def _growth(run: Run, told: str) -> Finding:
+    told += f", and a worker grew by ≈ {run.grown:.0f} MiB (at most {GROWTH:.0f})."
+    return Finding("ends-the-stops-only", told)
 
 
 def _of_the_door(run: Run) -> Iterator[Finding]:
@@ -131,6 +147,8 @@ def _of_failures(run: Run, edits: set[str], settings: Mapping[str, str]) -> Iter
             "ends-the-growth-only",
             f"No worker grows any more, but its loop stood still for ≈ {run.most('lag'):.1f} s, and {told}",
         )
+    elif "export" in edits and run.grown > GROWTH and run.most("lag") <= STALL:
+        yield _growth(run, f"{told} But no loop stands still any more")
 
 
 def _shortened(edits: set[str], settings: Mapping[str, str]) -> str:

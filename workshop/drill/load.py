@@ -13,13 +13,16 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 import httpx
+import psutil
 
 from workshop.drill.looks import Looks
+from workshop.drill.processors import Processors, server_of
 from workshop.drill.run import NO_ANSWER, OK, Answer, Run
 from workshop.drill.running import Worker
 
@@ -59,13 +62,23 @@ class Load:
             await looking.execute("TRUNCATE receipts")
             highest = await looking.fetchval("SELECT coalesce(max(id), 0) FROM orders")
             async with Looks(self.workers, looking, run) as looks:
+                processors = Processors(self._ours(looking))
                 began = time.monotonic()
                 await crowd.ask_everything(began)
+                run.others, run.idle = processors.shares()
                 run.found["left_out"] = await looks.left_out(_LEFT_SECONDS)
             await crowd.ask_what_must_hold(looking, highest)
         finally:
             await looking.close()
         return run
+
+    def _ours(self, looking: asyncpg.Connection) -> Iterator[psutil.Process]:
+        """The processes of the load, of the service, and of its database where that is on this machine."""
+        yield psutil.Process()
+        yield from (psutil.Process(worker.pid) for worker in self.workers)
+        server = server_of(looking.get_server_pid())
+        if server is not None:
+            yield server
 
 
 class _Crowd:

@@ -60,7 +60,7 @@ class Run:
     `found` are properties that have to hold whatever the load: see `workshop.drill.load`. `activity` is
     pg_stat_activity at the bad moment with most open transactions, as (what it waits for, last statement, how many);
     `reports` are what the workers wrote on a signal, each at its first bad moment. `alerts` are the names of those
-    that fired.
+    that fired. Of the time of all processors, other programs had the share `others`, and nobody the share `idle`.
     """
 
     clients: int
@@ -71,6 +71,8 @@ class Run:
     reports: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     alerts: list[str] = field(default_factory=list)
+    others: float = 0.0
+    idle: float = 1.0
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Run:
