@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine
@@ -27,7 +28,8 @@ from ormscope.internals import (
     must_wait,
     record_of_statement,
 )
-from ormscope.ledger import Request
+from ormscope.owners import current
+from ormscope.places import calling_places
 
 if TYPE_CHECKING:
     from ormscope.pool import PoolScope
@@ -158,15 +160,15 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
 
     def do_get() -> Any:
         pool = owner()
-        request = None
+        who = None
         try:
-            request = Request(pool)
+            who, frames, since = current(), calling_places(), perf_counter()
             waits = must_wait(pool)
             # A thread may lose a connection that it has seen to another one, and then wait after all.
             if waits or sleeps:
                 for scope in attached.scopes:
                     try:
-                        scope.ledger.queued(request, waits)
+                        scope.ledger.queued(pool, who, frames, since, waits)
                     except Exception as error:
                         step_aside(scope, error)
         except Exception as error:
@@ -175,12 +177,12 @@ def _do_get(hook: _Hook, original: _Method) -> _Method:
             record = original(pool)
         except BaseException as error:
             hook.tell("acquire_failed", pool, error)
-            request = None  # who keeps the error keeps this frame, and would keep the task
+            who = None  # who keeps the error keeps this frame, and would keep the task
             raise
-        if request is not None:
+        if who is not None:
             for scope in attached.scopes:
                 try:
-                    scope.ledger.acquired(request, record)
+                    scope.ledger.acquired(pool, who, frames, record)
                 except Exception as error:
                     step_aside(scope, error)
         return record
@@ -217,7 +219,9 @@ def _do_return_conn(hook: _Hook, original: _Method) -> _Method:
         # Before: a moment later it may be somebody else's.
         for scope in attached.scopes:
             try:
-                scope.ledger.released(pool, record)
+                scope.ledger.released(record)
+                if scope.proof is not None:
+                    scope.released(pool)
             except Exception as error:
                 step_aside(scope, error)
         try:

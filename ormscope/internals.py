@@ -51,11 +51,10 @@ def capacity_of(pool: Pool) -> int | None:
 
 def must_wait(pool: Any) -> bool:
     """Whether a request finds neither an idle connection nor room for another."""
-    return (
-        isinstance(pool, QueuePool)
-        and pool._overflow >= pool._max_overflow > -1
-        and pool._pool.empty()
-    )
+    if not isinstance(pool, QueuePool) or not pool._overflow >= pool._max_overflow > -1:
+        return False
+    queue: Any = pool._pool
+    return bool(getattr(queue, "_queue", queue).empty())  # asyncio's own queue, where there is one
 
 
 def is_asynchronous(pool: Pool) -> bool:
@@ -71,8 +70,8 @@ def record_of(fairy: PoolProxiedConnection) -> ConnectionPoolEntry:
 
 def record_of_statement(context: ExecutionContext) -> ConnectionPoolEntry | None:
     """The place in its pool of the connection that a statement goes to; None where it has none."""
-    fairy = context.root_connection._dbapi_connection
-    return None if fairy is None else record_of(fairy)
+    fairy: Any = context.root_connection._dbapi_connection
+    return None if fairy is None else fairy._connection_record  # as `record_of`: for each statement
 
 
 def parameters_of(context: ExecutionContext) -> Iterator[Any]:
@@ -146,6 +145,12 @@ def is_fastapis_own(key: object) -> bool:
 # public function raises where none runs, which costs a thread more.
 running_loop: Callable[[], asyncio.AbstractEventLoop | None] = getattr(
     asyncio, "_get_running_loop", lambda: None
+)
+# The task that runs on a loop; None where none does. In Python 3.11 the public function is not written in C.
+current_task: Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None] = (
+    asyncio.current_task
+    if sys.version_info >= (3, 12)
+    else getattr(asyncio.tasks, "_current_tasks", {}).get
 )
 
 
@@ -455,12 +460,14 @@ _NEEDED: dict[Part, list[tuple[object, str]]] = {
         (QueuePool.__init__, "_overflow"),
         (QueuePool.__init__, "_max_overflow"),
         (QueuePool.__init__, "_pool"),
+        (AsyncAdaptedQueue, "_queue"),
         (pool_base, "_ConnectionFairy"),
         (getattr(pool_base, "_ConnectionFairy", None), "_connection_record"),
         (pool_base, "_ConnectionRecord"),
         (getattr(pool_base, "_ConnectionRecord", None), "fairy_ref"),
         (Connection, "_dbapi_connection"),
         (asyncio, "_get_running_loop"),
+        *([(asyncio.tasks, "_current_tasks")] if sys.version_info < (3, 12) else []),
     ],
     "proof": [
         (asyncio.Task, "_fut_waiter"),

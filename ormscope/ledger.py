@@ -17,7 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, Qu
 from ormscope.durations import Durations
 from ormscope.internals import capacity_of, handle_of, parameters_of
 from ormscope.owners import Owner, TaskOrThread, current, living
-from ormscope.places import calling_places
+from ormscope.places import RawPlace
 from ormscope.server_limits import Setting, settings_in
 from ormscope.tracebacks import outcome_of
 
@@ -58,11 +58,18 @@ class Holder:
     local_settings: dict[str, Setting] | None = None
     is_stuck = False
 
-    def __init__(self, request: Request, since: float, record: ConnectionPoolEntry) -> None:
-        self.owner = self.last_user = Owner(request.who)
+    def __init__(
+        self,
+        pool: Pool,
+        who: TaskOrThread,
+        frames: tuple[RawPlace, ...],
+        since: float,
+        record: ConnectionPoolEntry,
+    ) -> None:
+        self.owner = self.last_user = Owner(who)
         self.since = self.last_used = since
-        self.frames = request.frames
-        self.pool = request.pool
+        self.frames = frames
+        self.pool = pool
         self.record: ConnectionPoolEntry | None = record  # None once it has come back
 
     def handle(self) -> PoolProxiedConnection | None:
@@ -75,20 +82,8 @@ class Holder:
         return living((self.owner, self.last_user))
 
 
-class Request:
-    """A request for a connection that has just been made: by whom, when (`time.perf_counter()` seconds), and where."""
-
-    __slots__ = ("frames", "pool", "since", "who")
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.who = current()
-        self.frames = calling_places()
-        self.since = time.perf_counter()
-
-
 class Waiter:
-    """A task or thread that asked for a connection. `since` is in `time.perf_counter()` seconds.
+    """A task or thread that asked for a connection. `since` is in `time.perf_counter()` seconds, `frames` where it did.
 
     It is not in the queue any more once it connects.
     """
@@ -96,11 +91,18 @@ class Waiter:
     in_queue = True
     connecting = False
 
-    def __init__(self, request: Request, certain: bool) -> None:
-        self.who = request.who
-        self.since = request.since
-        self.frames = request.frames
-        self.pool = request.pool
+    def __init__(
+        self,
+        pool: Pool,
+        who: TaskOrThread,
+        frames: tuple[RawPlace, ...],
+        since: float,
+        certain: bool,
+    ) -> None:
+        self.who = who
+        self.since = since
+        self.frames = frames
+        self.pool = pool
         self.certain = certain
 
     def waits(self, now: float) -> bool:
@@ -144,7 +146,6 @@ class Ledger:
         engine: Engine,
         samples: bool,
         on_queue: Callable[[TaskOrThread, bool], object],
-        on_return: Callable[[Pool], None],
         on_answer: Callable[[Holder], None],
     ) -> None:
         self.engine = engine
@@ -175,23 +176,30 @@ class Ledger:
         self._taken: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self._held_by: dict[int, int] = {}  # connections checked out, by their owner's key
         self._failed_as = 0
-        self._on_queue, self._on_return, self._on_answer = on_queue, on_return, on_answer
+        self._on_queue, self._on_answer = on_queue, on_answer
 
     # What the hooks tell.
 
-    def queued(self, request: Request, certain: bool) -> None:
+    def queued(
+        self,
+        pool: Pool,
+        who: TaskOrThread,
+        frames: tuple[RawPlace, ...],
+        since: float,
+        certain: bool,
+    ) -> None:
         """Somebody asks for a connection, and waits where it is `certain` that none is free."""
-        who, waiters = request.who, self.waiters
+        waiters = self.waiters
         if who in waiters:  # SQLAlchemy's second attempt within one request
             return
         with self.lock:
             if not waiters:
-                self.waiting_began = request.since
-            waiters[who] = Waiter(request, certain)
+                self.waiting_began = since
+            waiters[who] = Waiter(pool, who, frames, since, certain)
             if certain:
-                self._queue_lengths[id(request.pool)] += 1
+                self._queue_lengths[id(pool)] += 1
                 if self.samples is not None:
-                    self._sample(request.since, request.pool)
+                    self._sample(since, pool)
         self._on_queue(who, id(who) in self._held_by)
 
     def connecting(self, pool: Pool) -> None:
@@ -221,9 +229,14 @@ class Ledger:
         text = ": ".join([outcome_of(error), *str(error).splitlines()[:1]])
         self.attempts.append(Attempt(time.perf_counter(), text, cancelled))
 
-    def acquired(self, request: Request, record: ConnectionPoolEntry) -> None:
+    def acquired(
+        self,
+        pool: Pool,
+        who: TaskOrThread,
+        frames: tuple[RawPlace, ...],
+        record: ConnectionPoolEntry,
+    ) -> None:
         """A connection was checked out; SQLAlchemy may still look whether it is alive."""
-        pool = request.pool
         if record in self.holders:
             if isinstance(pool, QueuePool):
                 return  # told by the attempt within this one
@@ -231,10 +244,10 @@ class Ledger:
                 self._drop(record)  # several use the one connection of a StaticPool
         counts = self.counts
         now = time.perf_counter()
-        holder = Holder(request, now, record)
+        holder = Holder(pool, who, frames, now, record)
         key = holder.owner.key
         with self.lock:
-            waiter = self.waiters.pop(request.who, None)
+            waiter = self.waiters.pop(who, None)
             waited = 0.0 if waiter is None else now - waiter.since
             self.last_movement = now
             counts.checkouts += 1
@@ -242,15 +255,16 @@ class Ledger:
             if waited > counts.longest_wait:
                 counts.longest_wait = waited
             if waiter is not None and waiter.certain:
-                if waiter.in_queue:
-                    self._leaves_queue(waiter)
+                if waiter.in_queue:  # as `_leaves_queue` has it, without a call for each checkout
+                    waiter.in_queue = False
+                    self._queue_lengths[id(pool)] -= 1
                 counts.served_after_wait += 1
                 self.overtaken = 0
             elif self._queue_lengths[id(pool)]:
                 self.overtaken += 1
                 self.overtaken_at = now
             if self._has_timed_out:
-                self.timed_out.discard(request.who)
+                self.timed_out.discard(who)
                 self._has_timed_out = bool(self.timed_out)
             if self._unseen:
                 self._taken.add(record)
@@ -278,7 +292,7 @@ class Ledger:
                 self.counts.longest_wait = max(self.counts.longest_wait, waited)
             self._sample(now, pool)
 
-    def released(self, pool: Pool, record: ConnectionPoolEntry) -> None:
+    def released(self, record: ConnectionPoolEntry) -> None:
         """A connection is about to come back to its pool."""
         now = time.perf_counter()
         with self.lock:
@@ -290,7 +304,6 @@ class Ledger:
                 self._unseen -= 1
             self.returned += 1
             self.last_movement = now
-        self._on_return(pool)
 
     def available(self, pool: Pool) -> None:
         """A connection has come back to its pool."""
@@ -314,14 +327,17 @@ class Ledger:
         holder = self.holders.get(record)
         if holder is None:
             return
-        for setting in settings_in(statement, parameters_of(context)):
-            self._note_setting(holder, setting)
+        lowered = statement.lower()
+        # As `settings_in` asks, but without a call for each statement.
+        if "timeout" in lowered or "set_config" in lowered:
+            for setting in settings_in(statement, parameters_of(context)):
+                self._note_setting(holder, setting)
         holder.last_sql = statement
         holder.statements += 1
         if holder.users is not None:
             holder.users, holder.is_lost = None, False
         who = current()
-        if holder.last_user.key != id(who) or holder.last_user.subject is not who:
+        if holder.last_user.reference() is not who:
             holder.last_user = Owner(who)
 
     def statement_ends(self, record: ConnectionPoolEntry) -> None:

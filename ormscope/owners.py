@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from ormscope.internals import running_loop
+from ormscope.internals import current_task, running_loop
 
 TaskOrThread = asyncio.Task[Any] | threading.Thread
 
@@ -20,10 +20,10 @@ class Owner:
     the instrument would cause the leak that it is there to find.
     """
 
-    __slots__ = ("_reference", "key", "name")
+    __slots__ = ("key", "name", "reference")
 
     def __init__(self, subject: TaskOrThread) -> None:
-        self._reference = weakref.ref(subject)
+        self.reference = weakref.ref(subject)
         self.key = id(subject)  # another subject may have it once this one is gone
         # As `name_of` has it: this is done for each checkout.
         self.name = subject.get_name() if isinstance(subject, asyncio.Task) else subject.name
@@ -31,7 +31,7 @@ class Owner:
     @property
     def subject(self) -> TaskOrThread | None:
         """The task or thread itself; None once it is gone."""
-        return self._reference()
+        return self.reference()
 
     @property
     def living(self) -> TaskOrThread | None:
@@ -58,5 +58,5 @@ def name_of(subject: TaskOrThread) -> str:
 def current() -> TaskOrThread:
     """The task that runs now in this thread, or the thread."""
     loop = running_loop()
-    task = None if loop is None else asyncio.current_task(loop)
+    task = None if loop is None else current_task(loop)
     return threading.current_thread() if task is None else task

@@ -101,7 +101,9 @@ def calling_places() -> tuple[RawPlace, ...]:
     if parent is None:
         _add_users(sys._getframe(1), frames, key)
     else:
-        if _comes_from_run_sync(parent.gr_frame):
+        spawning = parent.gr_frame  # `greenlet_spawn`
+        caller = None if spawning is None else spawning.f_back
+        if caller is not None and caller.f_code.co_name == "run_sync":  # of a connection or session
             _add_users(sys._getframe(1), frames, key)
         while parent is not None and len(frames) < _MOST_FRAMES:
             if _add_users(parent.gr_frame, frames, key):
@@ -114,12 +116,6 @@ def calling_places() -> tuple[RawPlace, ...]:
         found = tuple((frame.f_code, frame.f_lineno) for frame in frames)
         _known[tuple(key)] = found
     return found
-
-
-def _comes_from_run_sync(frame: FrameType | None) -> bool:
-    """Whether `greenlet_spawn`, whose frame is given, was called by `run_sync` of a connection or session."""
-    caller = None if frame is None else frame.f_back
-    return caller is not None and caller.f_code.co_name == "run_sync"
 
 
 def _add_users(frame: FrameType | None, frames: list[FrameType], key: list[int]) -> bool:

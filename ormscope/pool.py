@@ -91,7 +91,7 @@ class PoolScope:
         self.proof: Proof | None = None
         self.lacking = internals.missing()
         on_queue = proof.ignore if "proof" in self.lacking else proof.begin
-        self.ledger = Ledger(self.engine, samples, on_queue, self._on_return, self._on_answer)
+        self.ledger = Ledger(self.engine, samples, on_queue, self._on_answer)
         self._last: tuple[Proof, Verdict] | None = None
         self._awaiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Verdict | None]]] = []
         self._closed = False
@@ -323,11 +323,11 @@ class PoolScope:
         """
         return await ask(self)
 
-    # What the ledger tells.
+    # What the hooks and the ledger tell.
 
-    def _on_return(self, pool: Pool) -> None:
-        if self.proof is not None:
-            proof.withdraw(lambda found: id(pool) in found.pools)
+    def released(self, pool: Pool) -> None:
+        """Called for each connection that comes back while a deadlock is proved: its pool is stuck no more."""
+        proof.withdraw(lambda found: id(pool) in found.pools)
 
     def _on_answer(self, holder: Holder) -> None:
         proof.withdraw(lambda found: holder.last_user.subject in found.in_server)
