@@ -24,8 +24,8 @@ TASKS, EACH, PAIRS = 100, 10, 7
 # Measured: 1.2 of SQLAlchemy's own time with a driver that does nothing, the worst case, and 1.6 on a busy
 # machine; with PostgreSQL it is less.
 MOST_CPU = 2.5
-# Measured: 30.3 calls of Python functions, 0.097 of all.
-MOST_CALLS, MOST_OF_CALLS = 36, 0.12
+# Measured: 22.4 calls of Python functions, 0.075 of all.
+MOST_CALLS, MOST_OF_CALLS = 28, 0.095
 
 
 async def storm(engine: AsyncEngine) -> float:
@@ -77,7 +77,7 @@ def test_a_checkout_costs_little_more_with_a_scope() -> None:
 
 
 def test_of_the_calls_for_a_checkout_few_are_the_scopes() -> None:
-    """Of some 310 Python calls for a checkout with one statement 30 are ours, on every machine and at every load."""
+    """Of some 300 Python calls for a checkout with one statement 22 are ours, on every machine and at every load."""
     calls = {"ours": 0, "all": 0}
     folder = str(Path(ormscope.__file__).parent)
 
