@@ -257,7 +257,7 @@ class Ledger:
             if waiter is not None and waiter.certain:
                 if waiter.in_queue:  # as `_leaves_queue` has it, without a call for each checkout
                     waiter.in_queue = False
-                    self._queue_lengths[id(pool)] -= 1
+                    self._queue_lengths[id(waiter.pool)] -= 1
                 counts.served_after_wait += 1
                 self.overtaken = 0
             elif self._queue_lengths[id(pool)]:
