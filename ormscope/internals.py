@@ -54,7 +54,9 @@ def must_wait(pool: Any) -> bool:
     if not isinstance(pool, QueuePool) or not pool._overflow >= pool._max_overflow > -1:
         return False
     queue: Any = pool._pool
-    return bool(getattr(queue, "_queue", queue).empty())  # asyncio's own queue, where there is one
+    if isinstance(queue, AsyncAdaptedQueue):
+        queue = queue._queue  # asyncio's own, which it would ask
+    return bool(queue.empty())
 
 
 def is_asynchronous(pool: Pool) -> bool:
