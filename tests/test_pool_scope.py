@@ -597,7 +597,7 @@ def test_no_false_deadlock_in_busy_storms(server: Server) -> None:
 
             tasks = [asyncio.create_task(work(number)) for number in range(40)]
             # Who is cancelled while connecting wakes nobody: where all are, the others would wait for the timeout.
-            await until(lambda: scope.checkouts)
+            await until(lambda scope=scope: scope.checkouts)
             await asyncio.sleep(0.02)
             for task in dice.sample(tasks, 5):
                 task.cancel()
