@@ -18,6 +18,7 @@ from leftovers import assert_nothing_is_left, await_that, processes_of
 
 from workshop.checks.catalogue import misconceptions
 from workshop.drill import Drill, incidents
+from workshop.drill.dashboard import draw
 from workshop.drill.editing import changed, replaced
 from workshop.drill.judge import BUSY, CONNECTIONS, LIMIT, judge
 from workshop.drill.run import Answer, Look, Run
@@ -209,6 +210,20 @@ def test_what_others_take_of_the_processors_is_measured(drill: Drill) -> None:
     assert run.others > BUSY, run.others
     assert run.idle < 0.5, run.idle
     assert run.others + run.idle < 1.0, "the load, the service and its database had something, too"
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_no_bar_of_the_dashboard_reaches_the_words(status: int) -> None:
+    """Whichever of the loads brought the most answers in a second, and however many alerts have fired."""
+    run = Run(60, 5.0, answers=[Answer("GET /orders", 3.0, 0.5, status)] * 30)
+    alarmed = Run(
+        60, 5.0, answers=run.answers, alerts=["ConnectionPoolDeadlock", "ConnectionPoolWait"]
+    )
+    figure = draw(before=alarmed, after=run).figure
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        words = axes.texts[0].get_window_extent()
+        assert max(bar.get_window_extent().y1 for bar in axes.patches) < words.y0
 
 
 def test_without_a_signal_the_report_says_where_else_to_look() -> None:

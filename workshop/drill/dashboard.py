@@ -33,15 +33,17 @@ def draw(**runs: Run) -> Picture:
         grid: Any = figure.subplots(
             1 + len(_CURVES), len(runs), sharex=True, sharey="row", squeeze=False
         )
+        heights = []
         for (name, run), column in zip(runs.items(), grid.T, strict=True):
             column[0].set_title(name.replace("_", " "))
-            _draw_answers(column[0], run)
+            heights.append(_draw_answers(column[0], run))
             for axes, (attribute, _, color) in zip(column[1:], _CURVES, strict=True):
                 for worker in sorted({look.worker for look in run.looks}):
                     points = [look for look in run.looks if look.worker == worker]
                     _draw_curve(axes, points, attribute, color)
             column[-1].set_xlabel("seconds")
         grid[0][0].set_ylabel("answers / s")
+        grid[0][0].set_ylim(0, max(heights))
         for row, (_, label, _) in zip(grid[1:], _CURVES, strict=True):
             row[0].set_ylabel(label)
             row[0].set_ylim(bottom=0)
@@ -49,8 +51,8 @@ def draw(**runs: Run) -> Picture:
     return Picture(figure, " | ".join(runs), " ".join(_told(*item) for item in runs.items()))
 
 
-def _draw_answers(axes: Any, run: Run) -> None:
-    """How many answers each second brought, and how many of them were failures."""
+def _draw_answers(axes: Any, run: Run) -> float:
+    """How many answers each second brought, and how many of them were failures; the height that this needs."""
     moments = range(
         int(max((answer.asked + answer.waited for answer in run.answers), default=0)) + 1
     )
@@ -67,15 +69,19 @@ def _draw_answers(axes: Any, run: Run) -> None:
     at = [moment + 0.5 for moment in moments]
     axes.bar(at, served, 0.9, color=COMPLETED)
     axes.bar(at, failed, 0.9, bottom=served, color=FAILED, hatch="//")
+    words = f"{run.served} served, {run.failed} failed\n" + _alerts(run).replace(", ", ",\n")
     axes.annotate(
-        f"{run.served} served, {run.failed} failed\n" + _alerts(run).replace(", ", ",\n"),
+        words,
         (0.5, 0.97),
         xycoords="axes fraction",
         ha="center",
         va="top",
         weight="bold",
     )
-    axes.margins(y=1.0)  # room for the words above the bars
+    tallest = max(map(sum, zip(served, failed, strict=True)))
+    return max(tallest, 1) * (
+        1 + 0.5 * len(words.splitlines())
+    )  # with room for the words above the bars
 
 
 def _draw_curve(axes: Any, looks: list[Look], attribute: str, color: str) -> None:
