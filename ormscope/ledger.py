@@ -82,28 +82,20 @@ class Holder:
         return living((self.owner, self.last_user))
 
 
+@dataclass(eq=False)
 class Waiter:
     """A task or thread that asked for a connection. `since` is in `time.perf_counter()` seconds, `frames` where it did.
 
     It is not in the queue any more once it connects.
     """
 
-    in_queue = True
-    connecting = False
-
-    def __init__(
-        self,
-        pool: Pool,
-        who: TaskOrThread,
-        frames: tuple[RawPlace, ...],
-        since: float,
-        certain: bool,
-    ) -> None:
-        self.who = who
-        self.since = since
-        self.frames = frames
-        self.pool = pool
-        self.certain = certain
+    pool: Pool
+    who: TaskOrThread
+    frames: tuple[RawPlace, ...]
+    since: float
+    certain: bool
+    in_queue: bool = True
+    connecting: bool = False
 
     def waits(self, now: float) -> bool:
         """Whether it stands in the queue at this moment."""

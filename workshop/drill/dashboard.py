@@ -78,10 +78,8 @@ def _draw_answers(axes: Any, run: Run) -> float:
         va="top",
         weight="bold",
     )
-    tallest = max(map(sum, zip(served, failed, strict=True)))
-    return max(tallest, 1) * (
-        1 + 0.5 * len(words.splitlines())
-    )  # with room for the words above the bars
+    room = 0.5 * len(words.splitlines())  # above the bars, as a share of the tallest
+    return max(1, *map(sum, zip(served, failed, strict=True))) * (1 + room)
 
 
 def _draw_curve(axes: Any, looks: list[Look], attribute: str, color: str) -> None:
